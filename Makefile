@@ -1,0 +1,43 @@
+# `make` lists the targets. Everything runs in .venv; no root needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# A machine without a GPU keeps torch's CPU build (see the file); a GPU machine takes CUDA wheels.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[demo,dev]'
+	touch $@
+
+setup: .venv/ready  ## the environment: .venv with fastidmm, its tests' and the demo's needs
+
+demo: setup  ## photographs in, report out: pretrain, fine-tune, compare with no pretraining
+	rm -rf runs/demo
+	$(BIN)/fastidmm run --recipe demo --run demo
+
+test: setup  ## every test that needs no GPU
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+test-gpu: setup  ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+fix: setup  ## format, and mend what can be mended by itself
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: setup  ## build the wheel by way of the sdist, install it alone and use it
+	$(BIN)/python tests/wheel.py
+
+clean:  ## remove what the other targets made, but for runs/
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: help setup demo test test-gpu fix check wheel clean

@@ -1,0 +1,1 @@
+"""One file per loader: four ways to deliver the same Batch."""
