@@ -1,0 +1,148 @@
+"""A prepared dataset: every image decoded once, at its own size, in a fixed order.
+
+A store is a folder: `train.safetensors` and, when there is one, `test.safetensors`, each with
+
+    pixels  uint8  (bytes,)  the images one after the other, each (height, width, 3) row by row
+    offset  int64  (N,)      where in `pixels` an image starts
+    height  int32  (N,)
+    width   int32  (N,)
+    label   int64  (N,)      the class, or -1 where there are no labels
+
+and `store.json`: class names, source files, fingerprint, split seed, the reader's version.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastidmm.errors import DataError, UsageError, did_you_mean
+
+READER_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One split of a prepared dataset; N images."""
+
+    pixels: Tensor  # (bytes,) uint8
+    offset: Tensor  # (N,) int64
+    height: Tensor  # (N,) int32
+    width: Tensor  # (N,) int32
+    label: Tensor  # (N,) int64, -1 where unknown
+    class_names: tuple[str, ...]
+    fingerprint: str  # SHA-256 over every pixel, size and label of the split
+    max_height: int = field(init=False)  # known to the host, so that a GPU need not be asked
+    max_width: int = field(init=False)
+    labelled: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = (self.height, self.width) if len(self) else (torch.zeros(1), torch.zeros(1))
+        object.__setattr__(self, "max_height", int(sizes[0].max()))
+        object.__setattr__(self, "max_width", int(sizes[1].max()))
+        object.__setattr__(self, "labelled", bool((self.label >= 0).all()))
+
+    def __len__(self) -> int:
+        return self.offset.numel()
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels distinguish."""
+        return len(self.class_names)
+
+    def image(self, row: int) -> Tensor:
+        """One image as it lies in the store: (height, width, 3) uint8."""
+        start, high, wide = int(self.offset[row]), int(self.height[row]), int(self.width[row])
+        return self.pixels[start : start + high * wide * 3].view(high, wide, 3)
+
+    def to(self, device: torch.device) -> "Store":
+        """The same split with its pixels on another device."""
+        tensors = ("pixels", "offset", "height", "width", "label")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+    def select(self, rows: Tensor) -> "Store":
+        """The split cut down to `rows` (int64), in that order; pixels are shared, not copied."""
+        chosen = {n: getattr(self, n)[rows] for n in ("offset", "height", "width", "label")}
+        return replace(self, **chosen)
+
+
+def home() -> Path:
+    """Where prepared data lives: `FASTIDMM_HOME`, or a folder in the user's home."""
+    return Path(os.environ.get("FASTIDMM_HOME", "~/.local/share/fastidmm")).expanduser()
+
+
+def check_name(name: str, kind: str) -> str:
+    """`name` when it can name a dataset or a run, an error with the rule otherwise."""
+    if NAME.fullmatch(name):
+        return name
+    raise UsageError(
+        f"{name!r} cannot name a {kind}: use 1 to 64 letters, digits, '.', '_' or '-', "
+        "beginning with a letter or digit."
+    )
+
+
+def prepared() -> list[str]:
+    """The names of all prepared datasets."""
+    return sorted(p.parent.name for p in (home() / "stores").glob("[!.]*/store.json"))
+
+
+def current() -> str:
+    """The dataset prepared last."""
+    marker = home() / "current"
+    name = marker.read_text().strip() if marker.exists() else ""
+    if name in prepared():
+        return name
+    raise UsageError(
+        "no dataset is prepared yet: type `fastidmm prepare --dataset demo`, or "
+        "`fastidmm prepare --dataset folder --from PHOTOS --name mine`."
+    )
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a prepared dataset, an error with what to type where there is none."""
+    folder = home() / "stores" / check_name(name, "dataset")
+    if (folder / "store.json").exists():
+        return folder
+    known = prepared()
+    hint = did_you_mean(name, known) if known else "Nothing is prepared yet."
+    raise UsageError(f"no dataset {name!r} is prepared: `fastidmm prepare` makes one. {hint}")
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """A store's description: class names, source files, fingerprints."""
+    path = folder / "store.json"
+    try:
+        described: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); prepare the dataset again.") from None
+    if described.get("reader_version") != READER_VERSION:
+        raise DataError(f"{folder} was written by another version; prepare the dataset again.")
+    return described
+
+
+def open_store(folder: Path, split: str) -> Store:
+    """Open one split by memory map; nothing is read but what is touched."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    described = read_json(folder)
+    if split not in described["splits"]:
+        raise DataError(
+            f"{folder.name!r} has no {split} split: prepare a folder with train/ and test/."
+        )
+    path = folder / f"{split}.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); prepare the dataset again.") from None
+    return Store(
+        **tensors,
+        class_names=tuple(described["class_names"]),
+        fingerprint=described["splits"][split]["fingerprint"],
+    )
