@@ -1,0 +1,155 @@
+"""What passes between the parts: view groups, batches, losses, and the two seams around them.
+
+Letters in shapes: B images of a batch, C crops of a group, S side of a crop in pixels, N rows of
+the store, D features.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Range = tuple[float, float]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class Options(BaseModel):
+    """A table of a recipe; the class that reads it declares it, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewGroup:
+    """How the views of one group are made: `count` crops of `size` px, by one chain of chances."""
+
+    count: int
+    size: int
+    scale: Range  # share of the image's area
+    ratio: Range = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bilinear"
+    flip: float = 0.5  # probabilities, here and below
+    jitter: float = 0.0
+    brightness: Range = (1.0, 1.0)  # factors
+    contrast: Range = (1.0, 1.0)
+    saturation: Range = (1.0, 1.0)
+    hue: Range = (0.0, 0.0)  # turns of the colour circle
+    gray: float = 0.0
+    blur: float = 0.0
+    sigma: Range = (0.1, 2.0)  # px of the crop
+    solarize: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    mix: Literal["none", "cutmix"] = "none"
+    alpha: float = 0.5  # of the Beta distribution of mixing weights
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """The crops of one group, crop-major: view 1 of all images, then view 2."""
+
+    pixels: Tensor  # (C, 3, S, S), normalised
+    rows: Tensor  # (C,) int64: the image each crop is of
+    partners: Tensor  # (C,) int64: the image its pasted part is of
+    weights: Tensor  # (C,) float32: share of the crop that is its own
+    labels: Tensor  # (C,) int64, -1 where unknown
+    partner_labels: Tensor  # (C,) int64
+    place: Tensor  # (C,) int64: position in the step's global batch, over all groups
+    total: int  # crops of the group in the global batch, for means over micro-batches
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a method sees in one step."""
+
+    groups: tuple[Views, ...]
+    step: int
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of all groups."""
+        return sum(views.rows.numel() for views in self.groups)
+
+    def micro(self, num: int) -> list["Batch"]:
+        """The batch cut into `num` parts, each with its share of every group's crops."""
+        cut = [_split(views, num) for views in self.groups]
+        return [replace(self, groups=parts) for parts in zip(*cut, strict=True)]
+
+
+def _split(views: Views, num: int) -> list[Views]:
+    names = [f.name for f in fields(views) if f.name != "total"]
+    parts = {name: getattr(views, name).tensor_split(num) for name in names}
+    return [replace(views, **{name: parts[name][i] for name in names}) for i in range(num)]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The number to minimise, the parts worth logging, and what `after_step` needs; all tensors."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    keep: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loader(Protocol):
+    """Delivers batches on the device, the plan's rows and views, whatever decodes them."""
+
+    steps_per_epoch: int
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Batches from `start_step` on, without end; a restart gives the same ones."""
+        ...
+
+
+class Method(nn.Module):
+    """A training objective with its own views and heads; the loop knows nothing else of it."""
+
+    Options: ClassVar[type[Options]]
+    # Whether the gradient of a batch is the sum of its micro-batches' gradients.
+    rows_independent: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    backbone: nn.Module
+    views: list[ViewGroup]
+    cutmix_groups: int = 1
+
+    def __init__(
+        self, backbone: nn.Module, options: Any, *, resolution: int, num_rows: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of a batch; changes no state but BatchNorm statistics."""
+        raise NotImplementedError
+
+    def after_step(self, keep: dict[str, Tensor], step: int) -> None:
+        """Move what follows the student: teachers, queues."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is given: all parameters, decayed alike, unless a method differs."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def backbone_for_export(self) -> nn.Module:
+        """The backbone whose weights a run is for."""
+        return self.backbone
+
+
+def forward_groups(backbone: nn.Module, groups: tuple[Views, ...]) -> list[Tensor]:
+    """Features of each group, (C, D) each; groups of one size share a forward pass."""
+    set_place = getattr(backbone, "set_place", lambda place: None)
+    sizes = [views.pixels.shape[-1] for views in groups]
+    features: dict[int, Tensor] = {}
+    for size in dict.fromkeys(sizes):
+        chosen = [i for i, other in enumerate(sizes) if other == size]
+        set_place(torch.cat([groups[i].place for i in chosen]))
+        joined = backbone(torch.cat([groups[i].pixels for i in chosen]))
+        counts = [groups[i].rows.numel() for i in chosen]
+        features.update(zip(chosen, joined.split(counts), strict=True))
+    return [features[i] for i in range(len(groups))]
