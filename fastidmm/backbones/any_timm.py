@@ -1,0 +1,35 @@
+"""Any other model of timm, as `timm:NAME`."""
+
+from functools import partial
+
+from torch import nn
+
+from fastidmm.backbones.build import Backbone
+from fastidmm.errors import UsageError, did_you_mean
+
+
+def any_timm(name: str) -> Backbone:
+    """A backbone made of timm's model of that name."""
+    import timm
+
+    known = timm.list_models()
+    if name not in known:
+        near = [n for n in known if n.split("_")[0] == name.split("_")[0]] or known[:20]
+        raise UsageError(f"timm has no model {name!r}: {did_you_mean(name, near)}")
+    return Backbone(partial(_build, name), multiple_of=1)
+
+
+def _build(name: str, resolution: int, drop_path: float) -> nn.Module:
+    import timm
+
+    wanted = {"img_size": resolution, "drop_path_rate": drop_path}
+    # Not every model takes both; which ones do is written nowhere but in their signatures.
+    for keys in (("img_size", "drop_path_rate"), ("drop_path_rate",), ("img_size",), ()):
+        try:
+            model: nn.Module = timm.create_model(
+                name, pretrained=False, num_classes=0, **{key: wanted[key] for key in keys}
+            )
+        except TypeError:
+            continue
+        return model
+    raise UsageError(f"timm's {name} cannot be built without a head.")

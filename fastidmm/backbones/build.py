@@ -1,0 +1,95 @@
+"""Build a backbone whose chance comes from counters, and load one that was trained before."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastidmm.backbones.drop import draw_from_counters
+from fastidmm.batch import Options
+from fastidmm.chance import Counters
+from fastidmm.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """How to build a backbone, and the settings the paper trains it with."""
+
+    build: Callable[[int, float], nn.Module]  # resolution px, drop-path rate
+    multiple_of: int  # what a resolution must be divisible by, px
+    lr: float = 5e-4
+    warmup_epochs: int = 2
+
+
+class BackboneOptions(Options):
+    """The table `[backbone]` of a recipe."""
+
+    drop_path: float = 0.1
+
+
+class Encoder(nn.Module):
+    """A backbone that knows which crops it sees: images (C, 3, S, S) to features (C, D)."""
+
+    def __init__(self, model: nn.Module, counters: Counters) -> None:
+        super().__init__()
+        self.model, self.counters = draw_from_counters(model, counters), counters
+        self.num_features = int(model.num_features)  # type: ignore[arg-type]
+
+    def set_place(self, place: Tensor) -> None:
+        """Say which crops of the global batch come next: (C,) int64."""
+        self.counters.place = place
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features before any head: (C, D)."""
+        features: Tensor = self.model(images)
+        return features
+
+
+def build_encoder(
+    name: str, options: BackboneOptions, *, resolution: int, counters: Counters
+) -> Encoder:
+    """Build the backbone of that name on the CPU; its first weights are a function of the seed."""
+    from fastidmm.backbones.torchvision_ops import make_torchvision_importable
+    from fastidmm.registry import backbone
+
+    make_torchvision_importable()
+    entry = backbone(name)
+    if resolution < 8 or resolution % entry.multiple_of:
+        raise UsageError(
+            f"{name} needs a resolution that is a multiple of {entry.multiple_of}, "
+            f"not {resolution}: try --resolution "
+            f"{max(1, round(resolution / entry.multiple_of)) * entry.multiple_of}."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(counters.seed)
+        return Encoder(entry.build(resolution, options.drop_path), counters)
+
+
+def load_encoder(encoder: Encoder, state: dict[str, Tensor], *, source: str) -> str:
+    """Load every tensor of a trained backbone, position embeddings resized; say what was loaded.
+
+    `state` has the encoder's own names. An incomplete or foreign state is a UsageError.
+    """
+    own = encoder.state_dict()
+    state = {name: _fit(name, tensor, own.get(name)) for name, tensor in state.items()}
+    fits = [n for n, t in own.items() if n in state and state[n].shape == t.shape]
+    if len(fits) != len(own) or len(state) != len(own):
+        raise UsageError(
+            f"{source} is of another backbone: {len(fits)} of the {len(own)} tensors needed fit "
+            f"(it holds {len(state)}). Name the backbone it was trained with."
+        )
+    encoder.load_state_dict(state)
+    return f"{len(fits)} of {len(own)} tensors loaded from {source}"
+
+
+def _fit(name: str, tensor: Tensor, own: Tensor | None) -> Tensor:
+    """Resize a learned position embedding, class token kept, bicubic as the paper does."""
+    if own is None or not name.endswith("pos_embed") or tensor.shape == own.shape:
+        return tensor
+    if tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
+        return tensor
+    sides = [round((t.shape[1] - 1) ** 0.5) for t in (tensor, own)]
+    grid = tensor[:, 1:].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
+    grid = nn.functional.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic")
+    return torch.cat((tensor[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)

@@ -1,0 +1,24 @@
+"""Pyramid vision transformers v2, by way of timm: any resolution, no position embedding.
+
+Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVM 2022. The
+feature is the mean over the last stage's tokens.
+"""
+
+from functools import partial
+
+from torch import nn
+
+from fastidmm.backbones.build import Backbone
+
+
+def _pvt(name: str, resolution: int, drop_path: float) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=0, drop_path_rate=drop_path
+    )
+    return model
+
+
+pvtv2_b0 = Backbone(partial(_pvt, "pvt_v2_b0"), multiple_of=32, lr=1e-3, warmup_epochs=10)
+pvtv2_b3 = Backbone(partial(_pvt, "pvt_v2_b3"), multiple_of=32, lr=1e-3, warmup_epochs=10)

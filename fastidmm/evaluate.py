@@ -1,0 +1,136 @@
+"""How good features and classifiers are: kNN, linear probe, accuracy, intervals."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastidmm.augment import render_plain
+from fastidmm.batch import ViewGroup
+from fastidmm.plan import central_crops
+from fastidmm.store import Store
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+CROPS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A share of right answers among `num`, with its 95 % interval."""
+
+    correct: int
+    num: int
+
+    @property
+    def value(self) -> float:
+        """The share itself."""
+        return self.correct / self.num
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval for a share of `num` independent answers."""
+        z, p, n = 1.959964, self.value, self.num
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        return middle - half, middle + half
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "value": self.value, "interval": list(self.interval)}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No gradients, no dropping, and the module's mode restored."""
+    before = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(before)
+
+
+def outputs(
+    model: nn.Module, store: Store, *, resolution: int, group: ViewGroup, dtype: torch.dtype
+) -> Tensor:
+    """What a model gives for the central crop of every image, in the store's order: (N, D) float32.
+
+    The shorter side is resized to 256/224 of the resolution first, as the paper evaluates.
+    """
+    device = store.pixels.device
+    rows = torch.arange(len(store), device=device)
+    parts = []
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for some in rows.split(CROPS_AT_ONCE):
+            crops = central_crops(
+                some,
+                store.height[some],
+                store.width[some],
+                size=resolution,
+                resize=round(resolution * 256 / 224),
+            )
+            images = render_plain(store, crops, group)
+            parts.append(model(images.contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(parts)
+
+
+def knn(
+    train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int, *, own: bool = False
+) -> Tensor:
+    """Predicted classes by weighted kNN over cosine similarity: (M,) int64.
+
+    k = 20, weights exp(similarity / 0.07): Wu et al., CVPR 2018. With `own`, test rows are the
+    train rows, and none is its own neighbour (leave-one-out).
+    """
+    bank = nn.functional.normalize(train, dim=1)
+    k = min(NEIGHBOURS, len(train) - own)
+    found = []
+    for start, queries in zip(range(0, len(test), 1024), test.split(1024), strict=True):
+        similar = nn.functional.normalize(queries, dim=1) @ bank.T
+        if own:
+            place = torch.arange(len(queries), device=test.device)
+            similar[place, start + place] = -torch.inf
+        top, rows = similar.topk(k, dim=1)
+        votes = torch.zeros(len(queries), num_classes, device=test.device)
+        votes.scatter_add_(1, train_labels[rows], torch.exp((top - 1) / TEMPERATURE))
+        found.append(votes.argmax(dim=1))
+    return torch.cat(found)
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
+    """Predicted classes by logistic regression on standardised features: (M,) int64.
+
+    Full-batch L-BFGS from zero, weight decay 1e-2: the same for every backbone compared.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        mean, deviation = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
+        x = ((train - mean) / deviation).clone()
+        weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+        bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
+        solver = torch.optim.LBFGS(
+            [weight, bias], max_iter=200, history_size=10, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            fit = nn.functional.cross_entropy(x @ weight.T + bias, labels)
+            loss: Tensor = fit + 0.5e-2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+    return (((test - mean) / deviation) @ weight.detach().T + bias.detach()).argmax(dim=1)
+
+
+def score(predicted: Tensor, labels: Tensor) -> Score:
+    """How many predictions are right."""
+    return Score(correct=int((predicted == labels).sum()), num=labels.numel())

@@ -1,0 +1,69 @@
+"""The store in the device's memory, views rendered there: follows the plan exactly."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastidmm.augment import render
+from fastidmm.batch import Batch, Method, ViewGroup, Views
+from fastidmm.chance import Counters
+from fastidmm.plan import GroupPlan, draw, num_steps
+from fastidmm.store import Store
+
+
+class Resident:
+    """Batches rendered from pixels that never leave the device."""
+
+    def __init__(
+        self,
+        store: Store,
+        method: Method,
+        counters: Counters,
+        *,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.store, self.method, self.counters = store, method, counters
+        self.batch_size, self.dtype = batch_size, dtype
+        self.steps_per_epoch = num_steps(len(store), batch_size)
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Batches from `start_step` on, without end; a restart gives the same ones."""
+        step = start_step
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step."""
+        plan = draw(
+            (self.store.height, self.store.width),
+            self.method.views,
+            self.counters,
+            step=step,
+            batch_size=self.batch_size,
+            cutmix_groups=self.method.cutmix_groups,
+        )
+        groups, first = [], 0
+        for group_plan, group in zip(plan.groups, self.method.views, strict=True):
+            groups.append(self._views(group_plan, group, first))
+            first += groups[-1].total
+        return Batch(tuple(groups), step)
+
+    def _views(self, plan: GroupPlan, group: ViewGroup, first: int) -> Views:
+        rows = plan.crops.rows
+        partners = rows[plan.partner]
+        return Views(
+            pixels=self._finished(render(self.store, plan, group)),
+            rows=rows,
+            partners=partners,
+            weights=plan.weight,
+            labels=self.store.label[rows],
+            partner_labels=self.store.label[partners],
+            place=torch.arange(first, first + rows.numel(), device=rows.device),
+            total=rows.numel(),
+        )
+
+    def _finished(self, pixels: Tensor) -> Tensor:
+        return pixels.to(dtype=self.dtype, memory_format=torch.channels_last)

@@ -1,0 +1,74 @@
+"""The optimizer, its schedule as a function of the step, and the fused update."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastidmm.batch import Method, Options
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+class OptimOptions(Options):
+    """The table `[optim]` of a recipe; what is unset comes from the backbone."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    schedule: Literal["cosine", "idmm_legacy"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+def lr_schedule(options: OptimOptions, *, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Linear warm-up from 0, then half a cosine down to 0, step by step.
+
+    `idmm_legacy` is the published code's slip: its cosine runs over (pi t - w) / (T - w).
+    """
+    assert options.lr is not None and options.warmup_epochs is not None, "resolve the recipe first"
+    peak, warmup = options.lr, options.warmup_epochs
+    slope = 1 if options.schedule == "cosine" else 1 / math.pi
+    rest = max(epochs - warmup, 1e-9)
+
+    def lr(step: Tensor) -> Tensor:
+        epoch = step.double() / steps_per_epoch
+        falling = 0.5 * (1 + torch.cos(math.pi * (epoch - slope * warmup) / rest))
+        rising = epoch / max(warmup, 1e-9)
+        return (peak * torch.where(epoch < warmup, rising, falling)).float()
+
+    return lr
+
+
+def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.optim.AdamW:
+    """torch's fused AdamW over the method's parameter groups, the rate a tensor on the device."""
+    return torch.optim.AdamW(
+        method.param_groups(),
+        lr=torch.zeros((), device=device),
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def update(
+    optimizer: torch.optim.Optimizer, method: nn.Module, loss: Tensor, lr: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer, skipped on the device when loss or gradients are not finite.
+
+    Returns the gradients' norm and whether the step was skipped, as tensors: nothing waits.
+    """
+    grads = [p.grad for p in method.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    skipped = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    for group in optimizer.param_groups:
+        group["lr"].copy_(lr)
+    # The fused optimizer's own way of skipping, made for gradient scalers.
+    optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped

@@ -1,0 +1,176 @@
+"""A recipe: everything a run depends on, as TOML with one level of tables.
+
+Each table is declared by the class that reads it. Unknown keys are errors that name the nearest
+known one. Every run writes its recipe back with nothing left open.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+
+import fastidmm
+from fastidmm.backbones.build import BackboneOptions
+from fastidmm.batch import Options
+from fastidmm.errors import UsageError, did_you_mean
+from fastidmm.optim import OptimOptions
+from fastidmm.registry import backbone, find
+
+Count = Annotated[int, Field(ge=1)]
+Auto = Annotated[int, Field(ge=0)]  # 0 means: chosen when the run starts
+Tables = dict[str, dict[str, Any]]
+
+
+class RunOptions(Options):
+    """The table `[run]`: what is trained on what, for how long."""
+
+    dataset: str
+    method: str = "idmm"
+    backbone: str = "deit_tiny"
+    loader: str = "resident"
+    epochs: Count = 800
+    batch_size: Count = 256
+    resolution: Count = 112
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    exact: bool = False
+    num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all
+    init: str = ""  # a checkpoint's folder, relative to the run's; "": random weights
+    micro_batches: Auto = 0
+    log_every: Auto = 0  # steps
+    knn_every: Auto = 0  # epochs
+    checkpoint_every: Auto = 0  # epochs
+
+
+class FinetuneOptions(Options):
+    """The table `[finetune]`: what `fastidmm finetune` takes over unless told otherwise."""
+
+    epochs: Count = 200
+    batch_size: Count = 256
+    resolution: Count = 224
+    lr: Annotated[float, Field(gt=0)] | None = None  # unset: the pretraining's
+
+
+class Recipe(BaseModel):
+    """All tables, checked."""
+
+    model_config = Options.model_config
+
+    run: RunOptions
+    optim: OptimOptions
+    backbone: BackboneOptions
+    method: SerializeAsAny[Options]
+    finetune: FinetuneOptions
+
+    @classmethod
+    def of(cls, tables: Tables) -> "Recipe":
+        """Check tables, fill in defaults, and settle what depends on the backbone."""
+        known = list(cls.model_fields)
+        for name in tables:
+            if name not in known:
+                raise UsageError(f"unknown table [{name}] in the recipe: {_near(name, known)}")
+        run = _checked("run", RunOptions, tables)
+        entry, method = backbone(run.backbone), find("method", run.method)
+        find("loader", run.loader)
+        optim = _checked("optim", OptimOptions, tables)
+        if optim.warmup_epochs is not None and optim.warmup_epochs > run.epochs:
+            raise UsageError(
+                f"optim.warmup_epochs is {optim.warmup_epochs:g}, more than the {run.epochs} "
+                "epochs of the run: lower it or leave it out."
+            )
+        settled = {
+            "lr": optim.lr or entry.lr,
+            # A short run still spends most of itself beyond the warm-up.
+            "warmup_epochs": min(entry.warmup_epochs, run.epochs / 4)
+            if optim.warmup_epochs is None
+            else optim.warmup_epochs,
+        }
+        return cls(
+            run=run,
+            optim=optim.model_copy(update=settled),
+            backbone=_checked("backbone", BackboneOptions, tables),
+            method=_checked("method", method.Options, tables),
+            finetune=_checked("finetune", FinetuneOptions, tables),
+        )
+
+    def tables(self) -> Tables:
+        """Plain tables, as `of` takes them; unset keys are left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def toml(self) -> str:
+        """The recipe as text that `load` reads back to the same recipe."""
+        parts = []
+        for name, table in self.tables().items():
+            rows = [f"{key} = {_toml(value)}" for key, value in table.items()]
+            parts.append("\n".join([f"[{name}]", *rows]))
+        return "\n\n".join(parts) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # JSON writes strings, numbers, booleans and lists as TOML reads them.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    return did_you_mean(name, list(known))
+
+
+def _checked(name: str, kind: type[Any], tables: Tables) -> Any:
+    """One table as its typed model; the first problem as one sentence."""
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"[{name}] in the recipe must be a table, not {table!r}.")
+    try:
+        return kind.model_validate(table)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"unknown key {name}.{key}: {_near(key, kind.model_fields)}") from None
+        if first["type"] == "missing":
+            raise UsageError(f"the recipe lacks {name}.{key}: give it, or --{key}.") from None
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UsageError(f"{name}.{key} = {first['input']!r}: {message}.") from None
+
+
+def read_tables(name: str) -> Tables:
+    """The tables of a recipe: a file's path, or the name of one that comes with fastidmm."""
+    shipped = Path(fastidmm.__file__).parent / "configs"
+    path = Path(name) if name.endswith(".toml") else shipped / f"{name}.toml"
+    try:
+        tables: Tables = tomllib.loads(path.read_text())
+    except OSError:
+        known = [p.stem for p in shipped.glob("*.toml")]
+        raise UsageError(f"no recipe {name!r}: {_near(name, known)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UsageError(f"{path} is not TOML: {problem}.") from None
+    return tables
+
+
+def with_settings(tables: Tables, settings: dict[str, Any], assignments: list[str]) -> Tables:
+    """Tables changed by flags (`run.epochs` -> value, None meaning not given) and by `--set`."""
+    changed = {name: dict(table) for name, table in tables.items()}
+    for path, value in settings.items():
+        if value is not None:
+            table, _, key = path.partition(".")
+            changed.setdefault(table, {})[key] = value
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        table, dot, key = path.strip().partition(".")
+        if not (equals and dot and key):
+            raise UsageError(
+                f"--set takes TABLE.KEY=VALUE, such as optim.lr=1e-3, not {assignment!r}."
+            )
+        changed.setdefault(table, {})[key] = _value(text.strip())
+    return changed
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

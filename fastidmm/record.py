@@ -1,0 +1,188 @@
+"""What a run leaves behind: its recipe, metrics, checkpoints and environment, in one folder.
+
+    RUN/recipe.toml metrics.jsonl environment.json checkpoints/step_000000800/
+
+A stage that starts from a run (fine-tuning) is a folder of the same shape inside it.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastidmm
+from fastidmm import checkpoint
+from fastidmm.errors import UsageError
+from fastidmm.recipe import Recipe, read_tables
+from fastidmm.store import Store, check_name
+
+RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
+
+
+class Record:
+    """The folder of one run or stage, and the metric lines on their way to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = Recipe.of(read_tables(str(folder / RECIPE)))
+        self._waiting: deque[tuple[dict[str, Any], torch.cuda.Event | None]] = deque()
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, store: Store) -> "Record":
+        """Make the folder with all it must always have, or nothing at all."""
+        check_name(folder.name, "run")
+        if folder.exists():
+            raise UsageError(
+                f"{folder} exists: `fastidmm resume {folder}` goes on with it; give --run another "
+                "name to start a new one."
+            )
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            (aside / RECIPE).write_text(recipe.toml())
+            (aside / ENVIRONMENT).write_text(json.dumps(environment(store), indent=2))
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return cls(folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    def environment(self) -> dict[str, Any]:
+        """What the run was started with."""
+        started: dict[str, Any] = json.loads((self.folder / ENVIRONMENT).read_text())
+        return started
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric lines written so far; a last line cut short by a kill is left out."""
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Add a metric line; its tensors are read when the device has come so far.
+
+        Returns the lines that reached the file now.
+        """
+        on_gpu = any(isinstance(v, Tensor) and v.is_cuda for v in values.values())
+        copies = {
+            key: value.detach().to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        event = torch.cuda.Event() if on_gpu else None
+        if event is not None:
+            event.record()
+        self._waiting.append((copies, event))
+        return self.flush(wait=False)
+
+    def flush(self, *, wait: bool = True) -> list[dict[str, Any]]:
+        """Write the lines whose numbers are there, or wait for all of them."""
+        written = []
+        while self._waiting:
+            values, event = self._waiting[0]
+            if event is not None and not event.query():
+                if not wait:
+                    break
+                event.synchronize()
+            self._waiting.popleft()
+            written.append({key: _plain(value) for key, value in values.items()})
+        if written:
+            with (self.folder / METRICS).open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in written)
+        return written
+
+    def cut(self, step: int) -> None:
+        """Drop the metric lines past `step`, written or waiting: the run goes on from there."""
+        self._waiting.clear()
+        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+        aside = self.folder / f".{METRICS}"
+        aside.write_text("".join(lines))
+        aside.replace(self.folder / METRICS)
+
+
+def _plain(value: Any) -> Any:
+    """A number that JSON can hold; what is not finite becomes null."""
+    number = value.item() if isinstance(value, Tensor) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def environment(store: Store) -> dict[str, Any]:
+    """What a result may depend on besides the recipe."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "fastidmm": fastidmm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "train_fingerprint": store.fingerprint,
+        "num_train": len(store),
+    }
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run: `./runs/NAME`, or the path itself where it holds a slash."""
+    return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
+
+
+def free_run_folder(stem: str) -> Path:
+    """A folder in ./runs that is not taken yet: the stem, or the stem and a number."""
+    number, folder = 1, run_folder(stem)
+    while folder.exists():
+        number += 1
+        folder = run_folder(f"{stem}-{number}")
+    return folder
+
+
+def existing_run(name: str | None) -> Path:
+    """The folder of a run that was named, or of the newest; an error with the remedy otherwise."""
+    if name is not None:
+        folder = run_folder(name)
+        if (folder / RECIPE).exists():
+            return folder
+        raise UsageError(f"no run at {folder}: `fastidmm runs` lists those in ./runs.")
+    runs = all_runs()
+    if not runs:
+        raise UsageError("no runs in ./runs yet: begin with `fastidmm pretrain`.")
+    return runs[-1]
+
+
+def all_runs() -> list[Path]:
+    """The runs in ./runs, the one started last at the end."""
+    recipes = Path("runs").glob(f"[!.]*/{RECIPE}")
+    return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
+
+
+def stages(folder: Path) -> list[Path]:
+    """The stages inside a run, oldest first."""
+    recipes = folder.glob(f"[!.]*/{RECIPE}")
+    return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
+
+
+def newest_weights(folder: Path) -> dict[str, Tensor]:
+    """The encoder's weights in a run's newest checkpoint."""
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        raise UsageError(f"{folder} has no checkpoint yet: `fastidmm resume {folder}` goes on.")
+    return encoder_weights(path)
+
+
+def encoder_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder's weights in a checkpoint, under the encoder's own names."""
+    (tensors,), _ = checkpoint.load(path, checkpoint.MODEL)
+    prefix = "backbone."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,57 @@
+"""Every name a recipe can use, one line each; a part is imported when it is chosen."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastidmm.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from fastidmm.backbones.build import Backbone
+
+DATASETS = {
+    "demo": "fastidmm.datasets.demo:Demo",
+    "folder": "fastidmm.datasets.folder:Folder",
+}
+METHODS = {
+    "idmm": "fastidmm.methods.idmm:IDMM",
+    "supervised": "fastidmm.methods.supervised:Supervised",
+}
+BACKBONES = {
+    "deit_base": "fastidmm.backbones.vit:deit_base",
+    "deit_tiny": "fastidmm.backbones.vit:deit_tiny",
+    "pvtv2_b0": "fastidmm.backbones.pvt:pvtv2_b0",
+    "pvtv2_b3": "fastidmm.backbones.pvt:pvtv2_b3",
+    "vit_micro": "fastidmm.backbones.vit:vit_micro",
+}
+LOADERS = {
+    "resident": "fastidmm.loaders.resident:Resident",
+}
+KERNELS = {
+    "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
+}
+TABLES = {
+    "dataset": DATASETS,
+    "method": METHODS,
+    "backbone": BACKBONES,
+    "loader": LOADERS,
+    "kernel": KERNELS,
+}
+
+
+def find(kind: str, name: str) -> Any:
+    """The part of that kind and name, imported now."""
+    table = TABLES[kind]
+    if name not in table:
+        raise UsageError(f"unknown {kind} {name!r}: {did_you_mean(name, list(table))}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def backbone(name: str) -> "Backbone":
+    """A registered backbone, or any other of timm's as `timm:NAME`."""
+    if name.startswith("timm:"):
+        any_timm = import_module("fastidmm.backbones.any_timm").any_timm
+        found: Backbone = any_timm(name.removeprefix("timm:"))
+        return found
+    registered: Backbone = find("backbone", name)
+    return registered
