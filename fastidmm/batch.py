@@ -70,6 +70,7 @@ class Batch:
 
     groups: tuple[Views, ...]
     step: int
+    num_images: int
 
     @property
     def num_crops(self) -> int:

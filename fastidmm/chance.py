@@ -26,6 +26,7 @@ class Use(IntEnum):
     MIX = 2
     PARTNER = 3
     DROP = 4
+    SUBSET = 5
 
 
 def _multiply(a: int, b: Tensor | int) -> tuple[Tensor | int, Tensor | int]:

@@ -51,7 +51,7 @@ def found(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run."""
-    return (found(folder) or [None])[-1]
+    return next(reversed(found(folder)), None)
 
 
 def step_of(path: Path) -> int:

@@ -1,7 +1,7 @@
 """A recipe: everything a run depends on, as TOML with one level of tables.
 
 Each table is declared by the class that reads it. Unknown keys are errors that name the nearest
-known one. Every run writes its recipe back with nothing left open.
+known one. Every run writes its recipe back with the defaults filled in.
 """
 
 import json
@@ -82,6 +82,11 @@ class Recipe(BaseModel):
                 f"optim.warmup_epochs is {optim.warmup_epochs:g}, more than the {run.epochs} "
                 "epochs of the run: lower it or leave it out."
             )
+        # Ten looks at the features and twenty checkpoints a run, unless told otherwise.
+        cadence = {
+            "knn_every": run.knn_every or -(-run.epochs // 10),
+            "checkpoint_every": run.checkpoint_every or -(-run.epochs // 20),
+        }
         settled = {
             "lr": optim.lr or entry.lr,
             # A short run still spends most of itself beyond the warm-up.
@@ -90,7 +95,7 @@ class Recipe(BaseModel):
             else optim.warmup_epochs,
         }
         return cls(
-            run=run,
+            run=run.model_copy(update=cadence),
             optim=optim.model_copy(update=settled),
             backbone=_checked("backbone", BackboneOptions, tables),
             method=_checked("method", method.Options, tables),

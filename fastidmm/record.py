@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastidmm
 from fastidmm import checkpoint
-from fastidmm.errors import UsageError
+from fastidmm.errors import UsageError, did_you_mean
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -139,13 +139,13 @@ def run_folder(name: str) -> Path:
     return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
 
 
-def free_run_folder(stem: str) -> Path:
-    """A folder in ./runs that is not taken yet: the stem, or the stem and a number."""
-    number, folder = 1, run_folder(stem)
-    while folder.exists():
+def free_folder(folder: Path) -> Path:
+    """The folder itself where that is not taken yet, the same with a number otherwise."""
+    number, free = 1, folder
+    while free.exists():
         number += 1
-        folder = run_folder(f"{stem}-{number}")
-    return folder
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 def existing_run(name: str | None) -> Path:
@@ -154,7 +154,9 @@ def existing_run(name: str | None) -> Path:
         folder = run_folder(name)
         if (folder / RECIPE).exists():
             return folder
-        raise UsageError(f"no run at {folder}: `fastidmm runs` lists those in ./runs.")
+        known = [path.name for path in all_runs()]
+        hint = did_you_mean(name, known) if known else "There are none in ./runs."
+        raise UsageError(f"no run at {folder}. {hint}")
     runs = all_runs()
     if not runs:
         raise UsageError("no runs in ./runs yet: begin with `fastidmm pretrain`.")

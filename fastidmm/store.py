@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastidmm.chance import Counters, Use, permutation, philox
 from fastidmm.errors import DataError, UsageError, did_you_mean
 
 READER_VERSION = 1
@@ -146,3 +147,22 @@ def open_store(folder: Path, split: str) -> Store:
         class_names=tuple(described["class_names"]),
         fingerprint=described["splits"][split]["fingerprint"],
     )
+
+
+def stratified(labels: Tensor, num: int, seed: int) -> Tensor:
+    """`num` rows chosen by the seed, every class in its share, in the store's order: (num,) int64.
+
+    Shares are rounded down; the largest remainders get what is left.
+    """
+    shuffled = permutation(
+        philox((0, torch.arange(len(labels)), 0, 0), Counters(seed).key(Use.SUBSET))
+    )
+    classes, counts = labels.unique(return_counts=True)
+    exact = counts.double() * num / len(labels)
+    quota = exact.floor().long()
+    quota[torch.argsort(quota - exact, stable=True)[: num - int(quota.sum())]] += 1
+    chosen = [
+        shuffled[labels[shuffled] == which][:share]
+        for which, share in zip(classes.tolist(), quota.tolist(), strict=True)
+    ]
+    return torch.cat(chosen).sort().values

@@ -49,7 +49,7 @@ class Resident:
         for group_plan, group in zip(plan.groups, self.method.views, strict=True):
             groups.append(self._views(group_plan, group, first))
             first += groups[-1].total
-        return Batch(tuple(groups), step)
+        return Batch(tuple(groups), step, plan.rows.numel())
 
     def _views(self, plan: GroupPlan, group: ViewGroup, first: int) -> Views:
         rows = plan.crops.rows

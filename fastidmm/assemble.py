@@ -1,0 +1,164 @@
+"""What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fastidmm.backbones.build import build_encoder, load_encoder
+from fastidmm.batch import Loader, Method
+from fastidmm.chance import Counters
+from fastidmm.errors import DataError, UsageError
+from fastidmm.optim import Schedule, adamw, lr_schedule
+from fastidmm.progress import say
+from fastidmm.recipe import Recipe
+from fastidmm.record import Record, encoder_weights
+from fastidmm.registry import find
+from fastidmm.store import Store, folder_of, open_store, stratified
+
+CROPS_PER_CPU_PASS = 256  # more at once leave the cache, and are slower
+
+
+@dataclass(slots=True)
+class State:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0  # steps made
+    attempt: int = 0  # grows when a run rolls back, so that it does not meet the same pictures
+    strikes: int = 0  # steps skipped close to one another
+    last_strike: int = 0
+    micro_batches: int = 1
+    seconds: float = 0.0  # spent training
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a recipe becomes: the loop's tools."""
+
+    recipe: Recipe
+    record: Record
+    store: Store
+    method: Method
+    loader: Loader
+    counters: Counters
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    dtype: torch.dtype
+    state: State = field(default_factory=State)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.run.epochs * self.loader.steps_per_epoch
+
+
+def device_of(name: str) -> torch.device:
+    """The device a recipe names; `auto` is the first GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:NUMBER.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has no such GPU; --device cpu works.")
+    return device
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: `auto` is bf16 on a GPU and fp32 on a CPU."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def training_rows(recipe: Recipe) -> Store:
+    """The training split a recipe asks for, memory-mapped."""
+    store = open_store(folder_of(recipe.run.dataset), "train")
+    num = recipe.run.num_images
+    if num > len(store):
+        raise UsageError(f"run.num_images is {num}, and the store has {len(store)} images.")
+    store = store.select(stratified(store.label, num, recipe.run.seed)) if num else store
+    if len(store) < 2:
+        raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
+    needs_labels = find("method", recipe.run.method).needs_labels
+    if needs_labels and not store.labelled:
+        raise DataError(
+            f"the images of {recipe.run.dataset!r} have no labels: fine-tuning and evaluation need "
+            "a folder per class (CLASS/*.jpg); prepare them so."
+        )
+    if needs_labels and store.num_classes < 2:
+        raise DataError(f"{recipe.run.dataset!r} has one class; a classifier needs at least 2.")
+    return store
+
+
+def assemble(record: Record) -> Parts:
+    """Everything a recipe names, on the device, with the first weights of its seed."""
+    recipe, run = record.recipe, record.recipe.run
+    device = device_of(run.device)
+    dtype = dtype_of(run.precision, device)
+    torch.use_deterministic_algorithms(run.exact)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.exact
+    store = training_rows(recipe).to(device)
+    if store.fingerprint != record.environment()["train_fingerprint"]:
+        raise DataError(
+            f"{run.dataset!r} was prepared anew since {record.folder} began; start a new run."
+        )
+    counters = Counters(run.seed)
+    encoder = build_encoder(
+        run.backbone, recipe.backbone, resolution=run.resolution, counters=counters
+    )
+    if run.init:
+        source = record.folder / run.init
+        say(load_encoder(encoder, encoder_weights(source), source=str(source)) + ", head new")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        method: Method = find("method", run.method)(
+            encoder,
+            recipe.method,
+            resolution=run.resolution,
+            num_rows=len(store),
+            num_classes=store.num_classes,
+        )
+    method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader: Loader = find("loader", run.loader)(
+        store, method, counters, batch_size=run.batch_size, dtype=dtype
+    )
+    schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
+    optimizer = adamw(method, recipe.optim, device)
+    parts = Parts(recipe, record, store, method, loader, counters, optimizer, schedule, dtype)
+    parts.state.micro_batches = run.micro_batches or _first_guess(parts, device)
+    return parts
+
+
+def _first_guess(parts: Parts, device: torch.device) -> int:
+    """Micro-batches to begin with: on a GPU one, which grows when memory is short."""
+    if device.type == "cuda" or not parts.method.rows_independent:
+        return 1
+    crops = sum(g.count for g in parts.method.views)
+    images = min(parts.recipe.run.batch_size, len(parts.store))
+    return -(-images * crops // CROPS_PER_CPU_PASS)
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """How often what happens rarely happens, in steps."""
+
+    log: int
+    knn: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Cadence":
+        """The recipe's epochs as steps; unless told otherwise, about ten log lines an epoch."""
+        run, epoch = parts.recipe.run, parts.loader.steps_per_epoch
+        return cls(
+            log=run.log_every or (1 if epoch < 10 else epoch // 10),
+            knn=run.knn_every * epoch,
+            checkpoint=run.checkpoint_every * epoch,
+        )
+
+    @staticmethod
+    def due(step: int, every: int) -> bool:
+        """Whether it is time."""
+        return step % every == 0

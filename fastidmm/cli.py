@@ -1,0 +1,279 @@
+"""The command line: each command reads its arguments, makes one call and prints.
+
+torch is imported inside commands only, so that `--help` is instant.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from fastidmm.errors import FastidmmError
+
+if TYPE_CHECKING:
+    from fastidmm.recipe import Recipe
+
+app = typer.Typer(
+    name="fastidmm",
+    help="Train vision transformers when all you have is a few thousand images.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")
+]
+BackboneOption = Annotated[str | None, typer.Option(help="deit_tiny, pvtv2_b3, ..., timm:NAME.")]
+MethodOption = Annotated[str | None, typer.Option(help="What is learnt from.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
+]
+LoaderOption = Annotated[str | None, typer.Option(help="How batches reach the device.")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
+ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+ExactOption = Annotated[
+    bool | None, typer.Option("--exact/--no-exact", help="The same bits every time, slower.")
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="A name in ./runs, or a path with a slash.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
+    """Print to stdout what was asked for."""
+    print(json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text())
+
+
+def recipe_settings(**flags: Any) -> dict[str, Any]:
+    """Flags as keys of the recipe's table `[run]`."""
+    return {f"run.{name}": value for name, value in flags.items()}
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Option(help="One of `fastidmm list`.")],
+    source: Annotated[Path | None, typer.Option("--from", help="A folder already on disk.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call it. [default: --dataset]")] = None,
+    max_side: Annotated[int, typer.Option(min=0, help="Longest side kept, px; 0: any.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode photographs once: fastidmm prepare --dataset folder --from ~/photos --name mine."""
+    from fastidmm.prepare import prepare as run
+    from fastidmm.registry import find
+
+    opened = find("dataset", dataset)().open(from_=source, seed=seed)
+    summary = run(opened, name or dataset, max_side=max_side)
+    answer(summary.as_dict(), as_json, summary.text)
+
+
+def _recipe(
+    recipe: str | None, settings: dict[str, Any], assignments: list[str] | None
+) -> "Recipe":
+    """The recipe that flags and `--set` ask for; without a dataset, of the last prepared."""
+    from fastidmm.recipe import Recipe, read_tables, with_settings
+    from fastidmm.store import current
+
+    tables = with_settings(read_tables(recipe) if recipe else {}, settings, assignments or [])
+    if "dataset" not in tables.setdefault("run", {}):
+        tables["run"]["dataset"] = current()
+        _note(f"dataset {tables['run']['dataset']!r}, the one prepared last")
+    return Recipe.of(tables)
+
+
+@app.command()
+def pretrain(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    loader: LoaderOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
+    resolution: ResolutionOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    exact: ExactOption = None,
+    run: RunOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn from the images alone: fastidmm pretrain --backbone pvtv2_b3."""
+    from fastidmm import stages
+
+    settings = recipe_settings(
+        dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
+        batch_size=batch_size, resolution=resolution, seed=seed, device=device,
+        precision=precision, exact=exact,
+    )  # fmt: skip
+    found = stages.pretrain(_recipe(recipe, settings, assignments), run)
+    answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
+
+
+@app.command()
+def finetune(
+    run: RunOption = None,
+    resolution: ResolutionOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
+    backbone: BackboneOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    exact: ExactOption = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="From random weights, to compare with.")
+    ] = False,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn the classes from a pretrained backbone: fastidmm finetune --resolution 224."""
+    from fastidmm import stages
+
+    settings = recipe_settings(
+        resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone, seed=seed,
+        device=device, precision=precision, exact=exact,
+    )  # fmt: skip
+    folder = _run(run)
+    found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
+    answer(found, as_json, lambda: _finished(found, f"fastidmm evaluate --run {folder}"))
+
+
+@app.command()
+def evaluate(run: RunOption = None, as_json: JsonOption = False) -> None:
+    """Score a run on the test split, beside random weights: fastidmm evaluate."""
+    from fastidmm import stages
+
+    found = stages.evaluate(_run(run))
+    answer(found, as_json, lambda: stages.evaluation_text(found))
+
+
+@app.command()
+def report(run: RunOption = None) -> None:
+    """Write a run's report.html: fastidmm report --run demo."""
+    from fastidmm.report import write
+
+    print(write(_run(run)))
+
+
+@app.command("run")
+def run_all(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
+    resolution: ResolutionOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    exact: ExactOption = None,
+    run: RunOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pretrain, fine-tune, compare with no pretraining, report: fastidmm run --dataset mine."""
+    from fastidmm import stages
+
+    settings = recipe_settings(
+        dataset=dataset, backbone=backbone, method=method, epochs=epochs, batch_size=batch_size,
+        resolution=resolution, seed=seed, device=device, precision=precision, exact=exact,
+    )  # fmt: skip
+    found = stages.run_all(_recipe(recipe, settings, assignments), run)
+    answer(found, as_json, lambda: stages.evaluation_text(found) + f"\n\n{found['report']}")
+
+
+@app.command()
+def resume(
+    run: Annotated[str | None, typer.Argument(help="A run. [default: the newest]")] = None,
+    named: RunOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on where a run was stopped, to the same bits: fastidmm resume demo."""
+    from fastidmm import stages
+
+    found = stages.resume(_run(run or named))
+    answer(found, as_json, lambda: "\n".join(_finished(stage, "") for stage in found))
+
+
+@app.command("list")
+def list_parts(as_json: JsonOption = False) -> None:
+    """Print every dataset, method, backbone and loader there is."""
+    from fastidmm.registry import TABLES
+
+    kinds = ("dataset", "method", "backbone", "loader")
+    found = {f"{kind}s": sorted(TABLES[kind]) for kind in kinds}
+    found["backbones"].append("timm:NAME")
+    lines = [
+        line for kind, names in found.items() for line in (f"{kind}:", *(f"  {n}" for n in names))
+    ]
+    answer(found, as_json, "\n".join(lines))
+
+
+def _run(name: str | None) -> Path:
+    """The run that was named, or the newest, said so."""
+    from fastidmm.record import existing_run
+
+    folder = existing_run(name)
+    if name is None:
+        _note(f"run {folder}, the newest")
+    return folder
+
+
+def _finished(found: dict[str, Any], following: str) -> str:
+    shown = ("loss", "instance_top1", "train_top1", "knn_top1")
+    numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f}" for k in shown if k in found)
+    first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s, {numbers}"
+    return "\n".join([first, *([f"next: {following}"] if following else [])])
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The entry point: errors a user can mend become one sentence and an exit status."""
+    try:
+        app()
+    except FastidmmError as problem:
+        _stop(str(problem), problem.status)
+    except KeyboardInterrupt:
+        _stop("stopped.", 75)
+    except OSError as problem:
+        if problem.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+        ):
+            raise
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "check its permissions"
+        where = problem.filename or "the disk"
+        _stop(
+            f"cannot write {where}: {os.strerror(problem.errno)}; {remedy}, or choose another "
+            "place with --run or FASTIDMM_HOME.",
+            3 if full else 2,
+        )
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"fastidmm: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

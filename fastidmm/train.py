@@ -1,0 +1,187 @@
+"""The loop: batch, loss, update, record; from step 0 or from a checkpoint to the same bits."""
+
+from typing import Any
+
+import torch
+
+from fastidmm import checkpoint
+from fastidmm.assemble import Cadence, Parts, State, assemble
+from fastidmm.batch import Batch, Loss
+from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
+from fastidmm.evaluate import knn, outputs, score
+from fastidmm.interrupt import Stop, stoppable
+from fastidmm.optim import update
+from fastidmm.progress import Clock, Progress, say
+from fastidmm.record import Record
+
+MEMORY_OF_STRIKES = 100  # steps
+
+
+def train(record: Record) -> Parts:
+    """Train what the record's recipe says, from its newest checkpoint, to the end."""
+    parts = assemble(record)
+    restore(parts)
+    if parts.state.step == parts.total_steps:
+        say(f"{record.folder} is finished: {parts.total_steps} steps of {parts.total_steps}.")
+        return parts
+    if len(parts.store) < parts.recipe.run.batch_size:
+        say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
+    with stoppable() as stop:
+        while not run_attempt(parts, stop):
+            roll_back(parts)
+    return parts
+
+
+def run_attempt(parts: Parts, stop: Stop) -> bool:
+    """Steps until the run is done (true) or must roll back (false)."""
+    state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
+    device = parts.store.pixels.device
+    every = Cadence.of(parts)
+    clock = Clock()
+    skipped_since = torch.zeros((), device=device)
+    if state.step == 0:
+        save(parts, clock)
+    progress = Progress(
+        record.folder.name, epochs=run.epochs, steps=parts.total_steps, done=state.step
+    )
+    method.train()
+    batches = parts.loader.batches(state.step)
+    while state.step < parts.total_steps:
+        batch = clock.wait_for(batches)
+        parts.counters.step = state.step
+        loss = backward(parts, batch)
+        lr = parts.schedule(torch.full((), state.step, device=device))
+        norm, skipped = update(parts.optimizer, method, loss.total, lr)
+        method.after_step(loss.keep, state.step)
+        skipped_since = skipped_since + skipped
+        state.step += 1
+        done = state.step == parts.total_steps
+        if done or every.due(state.step, every.log) or every.due(state.step, every.knn):
+            line = {
+                "epoch": -(-state.step // parts.loader.steps_per_epoch),
+                "step": state.step,
+                "loss": loss.total,
+                **loss.parts,
+                "grad_norm": norm,
+                "lr": lr,
+                "skipped": skipped_since,
+                **clock.rates(),
+            }
+            skipped_since = torch.zeros_like(skipped_since)
+            if parts.store.labelled and (done or every.due(state.step, every.knn)):
+                line["knn_top1"] = online_knn(parts)
+            if strikes(parts, record.log(line), progress):
+                return False
+        if done or stop.requested or every.due(state.step, every.checkpoint):
+            if strikes(parts, record.flush(), progress):
+                return False
+            save(parts, clock)
+        if stop.requested and not done:
+            progress.close()
+            raise Interrupted(
+                f"stopped at step {state.step}; `fastidmm resume {record.folder}` goes on."
+            )
+    return True
+
+
+def backward(parts: Parts, batch: Batch) -> Loss:
+    """Gradients of the whole batch, in as many passes as memory asks for."""
+    device = parts.store.pixels.device
+    while True:
+        losses = []
+        try:
+            for micro in batch.micro(parts.state.micro_batches):
+                if not micro.num_crops:
+                    continue
+                with torch.autocast(device.type, parts.dtype, enabled=parts.dtype != torch.float32):
+                    losses.append(parts.method(micro))
+                losses[-1].total.backward()
+            return _sum(losses)
+        except torch.OutOfMemoryError:
+            parts.optimizer.zero_grad(set_to_none=True)
+            if not parts.method.rows_independent or parts.state.micro_batches >= batch.num_crops:
+                raise OutOfMemoryError(
+                    "the GPU's memory cannot hold a step: lower --resolution or --batch-size."
+                ) from None
+        losses.clear()
+        torch.cuda.empty_cache()
+        parts.state.micro_batches *= 2
+        say(f"memory is short: {parts.state.micro_batches} micro-batches from here on.")
+
+
+def _sum(losses: list[Loss]) -> Loss:
+    """The loss of a batch from its micro-batches' shares."""
+    parts = {
+        key: torch.stack([loss.parts[key] for loss in losses]).sum() for key in losses[0].parts
+    }
+    keep = {key: torch.cat([loss.keep[key] for loss in losses]) for key in losses[0].keep}
+    total = torch.stack([loss.total.detach() for loss in losses]).sum()
+    return Loss(total, parts, keep)
+
+
+def strikes(parts: Parts, lines: list[dict[str, Any]], progress: Progress) -> bool:
+    """Show metric lines, and count skipped steps: true when the run must roll back."""
+    state = parts.state
+    for line in lines:
+        progress.show(line)
+        if not line["skipped"]:
+            continue
+        if line["step"] - state.last_strike > MEMORY_OF_STRIKES:
+            state.strikes = 0
+        state.strikes, state.last_strike = state.strikes + int(line["skipped"]), line["step"]
+        say(f"step {line['step']}: loss or gradients not finite, the step was skipped.")
+        if state.strikes >= 3 and state.attempt:
+            raise NumericalError(
+                f"loss or gradients are not finite again at step {line['step']}: try a lower "
+                "--set optim.lr, or --precision fp32, then start a new run."
+            )
+        if state.strikes >= 2:
+            return True
+    return False
+
+
+def roll_back(parts: Parts) -> None:
+    """Go back to the last checkpoint, and meet other pictures from there."""
+    seen = parts.state
+    restore(parts)
+    parts.state.attempt = parts.counters.attempt = seen.attempt + 1
+    parts.state.strikes, parts.state.last_strike = 2, seen.last_strike
+    say(f"back to step {parts.state.step}, attempt {parts.state.attempt}.")
+
+
+def save(parts: Parts, clock: Clock) -> None:
+    """Write a checkpoint of everything the next step depends on."""
+    state = parts.state
+    state.seconds += clock.lap()
+    tensors = {
+        checkpoint.MODEL: parts.method.state_dict(),
+        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer),
+    }
+    values = {name: getattr(state, name) for name in State.__slots__}
+    checkpoint.save(parts.record.checkpoints, state.step, tensors, values)
+
+
+def restore(parts: Parts) -> None:
+    """Take up the newest checkpoint, where there is one, and cut the metrics to it."""
+    path = checkpoint.newest(parts.record.checkpoints)
+    if path is not None:
+        (model, optimizer), values = checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER)
+        parts.method.load_state_dict(model)
+        checkpoint.load_optimizer(parts.optimizer, optimizer)
+        parts.state = State(**values)
+        parts.counters.attempt = parts.state.attempt
+    parts.record.cut(parts.state.step)
+
+
+def online_knn(parts: Parts) -> float:
+    """Leave-one-out kNN top-1 on the training labels; the test split is never looked at."""
+    store, run = parts.store, parts.recipe.run
+    features = outputs(
+        parts.method.backbone_for_export(),
+        store,
+        resolution=run.resolution,
+        group=parts.method.views[0],
+        dtype=parts.dtype,
+    )
+    found = knn(features, store.label, features, store.num_classes, own=True)
+    return score(found, store.label).value
