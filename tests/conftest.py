@@ -1,0 +1,63 @@
+"""Fixtures every test file shares."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Kernels are interpreted where there is no GPU; Triton reads this when a kernel is defined.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+MakePhotos = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two threads that share two cores with others are slower than one, and noisier."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty FASTIDMM_HOME, and a working directory of its own for ./runs."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("FASTIDMM_HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def make_photos(folder: Path, *, per_class: int, classes: int = 2, side: int = 24) -> Path:
+    """Small PNGs in CLASS/ folders: each class has a colour, each photograph its own pattern."""
+    chance = np.random.default_rng(0)
+    for label in range(classes):
+        place = folder / f"class{label}"
+        place.mkdir(parents=True)
+        for number in range(per_class):
+            high, wide = side + number % 5, side + number % 3
+            pixels = chance.integers(0, 120, (high, wide, 3), dtype=np.uint8)
+            pixels[:, :, label % 3] += 100
+            Image.fromarray(pixels).save(place / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def photos() -> MakePhotos:
+    """The function that makes them."""
+    return make_photos
+
+
+@pytest.fixture
+def toy(home: Path, tmp_path: Path) -> str:
+    """A prepared dataset of 20 training and 8 test photographs in 2 classes."""
+    from fastidmm.datasets.folder import Folder
+    from fastidmm.prepare import prepare
+
+    make_photos(tmp_path / "photos" / "train", per_class=10)
+    make_photos(tmp_path / "photos" / "test", per_class=4)
+    prepare(Folder().open(from_=tmp_path / "photos", seed=0), "toy", workers=0, quiet=True)
+    return "toy"

@@ -1,0 +1,204 @@
+"""The commands as a person types them: right uses, and every wrong one in one sentence."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastidmm import checkpoint, cli
+
+Type = Callable[..., tuple[int, str, str]]
+TINY = ["--backbone", "vit_micro", "--epochs", "1", "--batch-size", "8", "--resolution", "16"]
+MakePhotos = Callable[..., Path]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
+    """Type a command; its status, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastidmm", *map(str, words)])
+        try:
+            cli.main()
+            status: object = 0
+        except SystemExit as end:
+            status = end.code or 0
+        shown = capsys.readouterr()
+        assert isinstance(status, int)
+        assert "Traceback" not in shown.err
+        return status, shown.out, shown.err
+
+    return run
+
+
+def sentence(err: str) -> str:
+    """The last line, which says what is wrong and what to do."""
+    return err.strip().splitlines()[-1]
+
+
+def test_help_is_instant_because_torch_stays_out() -> None:
+    code = "import sys, fastidmm.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_list_prints_every_name_whatever_the_width(
+    typed: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastidmm.registry import TABLES
+
+    monkeypatch.setenv("COLUMNS", "10")
+    _, out, _ = typed("list")
+    for kind in ("dataset", "method", "backbone", "loader"):
+        assert all(f"  {name}\n" in out + "\n" for name in TABLES[kind])
+    _, out, _ = typed("list", "--json")
+    assert "timm:NAME" in json.loads(out)["backbones"]
+
+
+def test_from_photographs_to_a_report(typed: Type, home: Path, photos: MakePhotos) -> None:
+    """The README's commands in their order, each naming what it took."""
+    photos(Path("photos/train"), per_class=10)
+    photos(Path("photos/test"), per_class=4)
+    status, out, _ = typed("prepare", "--dataset", "folder", "--from", "photos", "--name", "mine")
+    assert status == 0 and "20" in out and "8" in out
+    status, out, err = typed("pretrain", *TINY)
+    assert status == 0 and "'mine', the one prepared last" in err.splitlines()[0]
+    assert "next: fastidmm finetune" in out
+    stage = ("--resolution", 16, "--epochs", 1, "--batch-size", 8)
+    status, _, err = typed("finetune", *stage)
+    assert status == 0 and "runs/mine_vit_micro_idmm, the newest" in err.splitlines()[0]
+    assert "54 of 54 tensors loaded" in err and "head new" in err
+    assert typed("finetune", "--scratch", *stage)[0] == 0
+    status, out, _ = typed("evaluate", "--json")
+    scores = json.loads(out)["scores"]
+    for arm in ("pretrained", "random"):
+        assert set(scores[arm]) == {"knn", "linear_probe", "finetuned_16"}
+        assert all(cell["num"] == 8 for cell in scores[arm].values())
+    status, out, _ = typed("report")
+    assert status == 0 and Path(out.strip()).is_file()
+
+
+def test_run_does_it_all(typed: Type, toy: str) -> None:
+    words = ["--set", "finetune.resolution=16", "--set", "finetune.epochs=1"]
+    status, out, _ = typed("run", "--dataset", toy, *TINY, *words, "--run", "all")
+    assert status == 0 and "top-1 on 8 test images" in out
+    assert Path("runs/all/report.html").is_file()
+    assert out.strip().splitlines()[-1] == "runs/all/report.html"
+
+
+def test_nothing_prepared(typed: Type, home: Path) -> None:
+    status, _, err = typed("pretrain")
+    assert status == 2 and "fastidmm prepare --dataset demo" in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["prepare", "--dataset", "folder", "--from", "nowhere"], 2, "nowhere"),
+        (["prepare", "--dataset", "folder", "--from", "empty"], 3, "empty"),
+        (["prepare", "--dataset", "folder"], 2, "--from"),
+        (["prepare", "--dataset", "fodler"], 2, "did you mean 'folder'"),
+        (["prepare", "--dataset", "folder", "--from", "one"], 3, "2"),
+        (["prepare", "--dataset", "folder", "--from", "two", "--name", "../x"], 2, "cannot name"),
+    ],
+)
+def test_wrong_ways_to_prepare(
+    typed: Type, home: Path, photos: MakePhotos, words: list[str], status: int, message: str
+) -> None:
+    Path("empty").mkdir()
+    photos(Path("one"), per_class=1, classes=1)
+    photos(Path("two"), per_class=2)
+    found, _, err = typed(*words)
+    assert (found, message in sentence(err)) == (status, True), err
+    assert not list(home.glob("stores/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "tou"], "did you mean 'toy'"),
+        (["--backbone", "vit_mikro"], "did you mean 'vit_micro'"),
+        (["--method", "immd"], "did you mean 'idmm'"),
+        (["--method", "supervised", "--recipe", "nothing"], "no recipe 'nothing'"),
+        (["--set", "optim.lrr=1"], "did you mean 'lr'"),
+        (["--set", "optim.lr=fast"], "optim.lr = 'fast'"),
+        (["--resolution", "20"], "try --resolution 16"),
+        (["--device", "cuda:7"], "no such GPU"),
+        (["--device", "gpu"], "choose auto, cpu, cuda"),
+        (["--precision", "fp8"], "run.precision = 'fp8'"),
+        (["--loader", "residence"], "did you mean 'resident'"),
+        (["--set", "run.num_images=21"], "the store has 20"),
+        (["--run", "a/../.b"], "cannot name a run"),
+    ],
+)
+def test_wrong_ways_to_pretrain(typed: Type, toy: str, words: list[str], message: str) -> None:
+    status, _, err = typed("pretrain", *TINY, *words)
+    assert status == 2 and message in sentence(err), err
+    assert not list(Path("runs").glob("*/checkpoints")) and not list(Path("runs").glob(".*"))
+
+
+def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
+    assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
+    before = Path("runs/mine/metrics.jsonl").read_bytes()
+    status, _, err = typed("pretrain", *TINY, "--run", "mine")
+    assert status == 2 and "fastidmm resume runs/mine" in sentence(err)
+    assert Path("runs/mine/metrics.jsonl").read_bytes() == before
+    status, _, err = typed("finetune", "--run", "mine", "--backbone", "deit_tiny")
+    assert status == 2 and "trained with vit_micro, not deit_tiny" in sentence(err)
+    status, _, err = typed("finetune", "--run", "mime")
+    assert status == 2 and "did you mean 'mine'" in sentence(err)
+    status, out, err = typed("resume", "mine")
+    assert status == 0 and "is finished" in err
+
+
+def test_no_runs_yet(typed: Type, toy: str) -> None:
+    for command in ("finetune", "evaluate", "report", "resume"):
+        status, _, err = typed(command)
+        assert status == 2 and "begin with `fastidmm pretrain`" in sentence(err)
+
+
+def test_photographs_without_labels(typed: Type, home: Path, photos: MakePhotos) -> None:
+    """They can be pretrained on, and nothing else; one class is not enough to classify."""
+    photos(Path("flat"), per_class=6, classes=1)
+    typed("prepare", "--dataset", "folder", "--from", "flat/class0", "--name", "flat")
+    assert typed("pretrain", *TINY, "--run", "flat")[0] == 0
+    for words in (["finetune", "--run", "flat"], ["evaluate", "--run", "flat"]):
+        status, _, err = typed(*words)
+        assert status == 3 and "a folder per class" in sentence(err) or "no test split" in err
+    typed("prepare", "--dataset", "folder", "--from", "flat", "--name", "one")
+    assert typed("pretrain", *TINY, "--dataset", "one", "--run", "one")[0] == 0
+    status, _, err = typed("finetune", "--run", "one")
+    assert status == 3 and "one class" in sentence(err)
+    assert not list(Path("runs").glob("*/finetune*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(errno.ENOSPC, 3, "free some space"), (errno.EACCES, 2, "check its permissions")],
+)
+def test_a_disk_that_cannot_be_written(
+    typed: Type,
+    toy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+    message: str,
+) -> None:
+    """While a checkpoint is written: nothing half-written stays, and the run can be resumed."""
+    sync, calls = checkpoint._sync, iter(range(100))
+
+    def failing(path: Path) -> None:
+        if next(calls) == 6:
+            raise OSError(number, "no", str(path))
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", failing)
+        found, _, err = typed("pretrain", *TINY, "--run", "full")
+    assert found == status and message in sentence(err) and "runs/full" in sentence(err)
+    folder = Path("runs/full/checkpoints")
+    assert [p.name for p in folder.iterdir()] == ["step_000000000"]
+    assert typed("resume", "full")[0] == 0
