@@ -77,7 +77,7 @@ def test_set_takes_toml_values_and_plain_words() -> None:
         {}, {"run.epochs": 5, "run.seed": None}, ["optim.lr=1e-3", "run.dataset=mine"]
     )
     assert tables == {"run": {"epochs": 5, "dataset": "mine"}, "optim": {"lr": 1e-3}}
-    with pytest.raises(UsageError, match="TABLE.KEY=VALUE"):
+    with pytest.raises(UsageError, match=r"TABLE\.KEY=VALUE"):
         with_settings({}, {}, ["lr=1"])
 
 
