@@ -77,8 +77,8 @@ def prepare(
     from fastidmm.registry import find
 
     opened = find("dataset", dataset)().open(from_=source, seed=seed)
-    summary = run(opened, name or dataset, max_side=max_side)
-    answer(summary.as_dict(), as_json, summary.text)
+    summary = run(opened, name or dataset, max_side=max_side, quiet=as_json)
+    answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 
 
 def _recipe(

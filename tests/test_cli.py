@@ -150,7 +150,7 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     assert status == 2 and "trained with vit_micro, not deit_tiny" in sentence(err)
     status, _, err = typed("finetune", "--run", "mime")
     assert status == 2 and "did you mean 'mine'" in sentence(err)
-    status, out, err = typed("resume", "mine")
+    status, _, err = typed("resume", "mine")
     assert status == 0 and "is finished" in err
 
 

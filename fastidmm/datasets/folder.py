@@ -1,0 +1,179 @@
+"""Your own photographs, in folders named after their classes or in none.
+
+train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; val/ or valid/ serve as test/
+CLASS/*.jpg                              one image in five of every class held out for testing
+*.jpg                                    no labels: all of them for pretraining
+"""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from fastidmm.datasets import Item, Source, Unusable, stratified
+from fastidmm.decode import SUFFIXES
+from fastidmm.errors import DataError, UsageError
+
+TEST_NAMES = ("test", "val", "valid")
+HELD_OUT_ONE_IN = 5
+
+
+@dataclass(slots=True)
+class _Listing:
+    """What a walk through a folder met."""
+
+    images: list[PurePosixPath] = field(default_factory=list)
+    unusable: list[Unusable] = field(default_factory=list)
+
+    def left_out(self, used: Collection[str], reason: str) -> tuple[Unusable, ...]:
+        """Every file met but the used ones, in order; `reason` is that of the images."""
+        images = {str(path) for path in self.images}
+        unused = [Unusable(file, reason) for file in images.difference(used)]
+        return tuple(sorted([*self.unusable, *unused], key=lambda left: left.file))
+
+
+class Folder:
+    """Photographs below one folder; nested folders belong to the class they are in."""
+
+    def open(self, *, from_: Path | None, seed: int) -> Source:
+        """List the photographs below `from_`, splitting by `seed` where no split is given."""
+        root = _checked(from_)
+        listing = _walk(root)
+        if not listing.images:
+            raise DataError(
+                f"{root} holds no images: give a folder of photographs ({', '.join(SUFFIXES)})."
+            )
+        tops = {path.parts[0] for path in listing.images if len(path.parts) > 1}
+        if "train" in tops and (tops == {"train"} or tops & set(TEST_NAMES)):
+            return _split_given(root, listing, tops)
+        # One stray folder beside the photographs does not make classes.
+        if len(tops) > 1 or all(len(path.parts) > 1 for path in listing.images):
+            return _split_made(root, listing, seed)
+        return _unlabelled(root, listing, listing.images)
+
+
+def _checked(from_: Path | None) -> Path:
+    if from_ is None:
+        raise UsageError(
+            "the dataset 'folder' needs photographs: type "
+            "`fastidmm prepare --dataset folder --from PHOTOS --name NAME`."
+        )
+    root = from_.expanduser()
+    if not root.exists():
+        raise UsageError(f"there is no folder {root}: check what follows --from.")
+    if not root.is_dir():
+        raise UsageError(f"{root} is a file: --from takes a folder; unpack an archive first.")
+    return root.resolve()
+
+
+def _walk(root: Path) -> _Listing:
+    """Every file below `root` but the hidden; links to folders are not followed."""
+    listing = _Listing()
+
+    def unreadable(problem: OSError) -> None:
+        file = os.path.relpath(problem.filename, root)
+        listing.unusable.append(Unusable(file, problem.strerror or "unreadable"))
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
+        here = PurePosixPath(os.path.relpath(folder, root))
+        below[:] = [name for name in below if not name.startswith(".")]
+        linked = [name for name in below if os.path.islink(os.path.join(folder, name))]
+        listing.unusable += [Unusable(str(here / name), "a link to a folder") for name in linked]
+        for name in files:
+            path = here / name
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() in SUFFIXES:
+                listing.images.append(path)
+            else:
+                listing.unusable.append(Unusable(str(path), _no_image(path)))
+    return listing
+
+
+def _no_image(path: PurePosixPath) -> str:
+    return f"{path.suffix} is not read" if path.suffix else "no suffix such as .jpg"
+
+
+def _split_given(root: Path, listing: _Listing, tops: set[str]) -> Source:
+    """The split that the folders train/ and test/ make."""
+    test_name = next((name for name in TEST_NAMES if name in tops), "")
+    train, test = (
+        _by_class([path for path in listing.images if path.parts[0] == split], depth=1)
+        for split in ("train", test_name)
+    )
+    if not train:
+        return _unlabelled(root, listing, [p for p in listing.images if p.parts[0] == "train"])
+    unknown = sorted(set(test.values()) - set(train.values()))
+    if unknown:
+        raise DataError(
+            f"{root / test_name} has classes that {root / 'train'} has not: {', '.join(unknown)}; "
+            "rename or remove them."
+        )
+    names = sorted(set(train.values()))
+    return Source(
+        description="photographs in train/" + (f" and {test_name}/" if test_name else ""),
+        root=root,
+        class_names=tuple(names),
+        train=_items(train, names),
+        test=_items(test, names),
+        unusable=listing.left_out({*train, *test}, "outside the class folders"),
+        notes=_empty(root / "train", names),
+    )
+
+
+def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
+    """A split of our own of the class folders in `root`."""
+    files = _by_class(listing.images, depth=0)
+    names = sorted(set(files.values()))
+    train = _items(files, names)
+    test: tuple[Item, ...] = ()
+    if len(names) > 1:
+        train, test = stratified(train, seed=seed, one_in=HELD_OUT_ONE_IN)
+    return Source(
+        description="photographs in a folder per class",
+        root=root,
+        class_names=tuple(names),
+        train=train,
+        test=test,
+        split_seed=seed if test else None,
+        unusable=listing.left_out(files, "outside the class folders"),
+        notes=_empty(root, names) + _untested(names, test),
+    )
+
+
+def _untested(names: list[str], test: tuple[Item, ...]) -> tuple[str, ...]:
+    """A note on the classes of which nothing could be held out."""
+    if len(names) == 1:
+        return (f"one class only ({names[0]}), so every image is for training",)
+    tested = {item.label for item in test}
+    alone = ", ".join(name for label, name in enumerate(names) if label not in tested)
+    return (f"one image only, so none for testing: {alone}",) if alone else ()
+
+
+def _unlabelled(root: Path, listing: _Listing, images: list[PurePosixPath]) -> Source:
+    files = sorted(str(path) for path in images)
+    return Source(
+        description="photographs without labels",
+        root=root,
+        class_names=(),
+        train=tuple(Item(file, -1) for file in files),
+        unusable=listing.left_out(files, "outside train/, which has no class folders"),
+    )
+
+
+def _by_class(images: list[PurePosixPath], *, depth: int) -> dict[str, str]:
+    """The class of every file in a class folder, sorted by class and then by file."""
+    found = [(path.parts[depth], str(path)) for path in images if len(path.parts) > depth + 1]
+    return {file: name for name, file in sorted(found)}
+
+
+def _items(files: dict[str, str], names: list[str]) -> tuple[Item, ...]:
+    label = {name: index for index, name in enumerate(names)}
+    return tuple(Item(file, label[name]) for file, name in files.items())
+
+
+def _empty(folder: Path, names: list[str]) -> tuple[str, ...]:
+    """A note on the class folders without images."""
+    folders = {entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)}
+    empty = sorted(name for name in folders - set(names) if not name.startswith("."))
+    return (f"no images in: {', '.join(empty)}",) if empty else ()

@@ -1,0 +1,102 @@
+"""What came of preparing a dataset, for people and for scripts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastidmm.datasets import Unusable
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A store in figures: what it holds, what was left out and what was converted."""
+
+    name: str
+    folder: Path
+    fresh: bool  # False where nothing had to be decoded
+    num_train: int
+    num_test: int
+    num_bytes: int  # on disk
+    class_names: tuple[str, ...]
+    split_seed: int | None
+    max_side: int
+    unusable: tuple[Unusable, ...]
+    converted: dict[str, int]  # what was done to how many images
+    animated: tuple[str, ...]  # files of which the first frame was taken
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, described: dict[str, Any], folder: Path, fresh: bool) -> "Summary":
+        """Read off `store.json`."""
+        splits = described["splits"]
+        return cls(
+            name=described["name"],
+            folder=folder,
+            fresh=fresh,
+            num_train=splits["train"]["num_images"],
+            num_test=splits.get("test", {}).get("num_images", 0),
+            num_bytes=sum(split["num_bytes"] for split in splits.values()),
+            class_names=tuple(described["class_names"]),
+            split_seed=described["split_seed"],
+            max_side=described["max_side"],
+            unusable=tuple(Unusable(**file) for file in described["unusable"]),
+            converted=described["converted"],
+            animated=tuple(described["animated"]),
+            notes=tuple(described["notes"]),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+    def lines(self, limit: int = 10) -> list[str]:
+        """The same for people; of long lists the first `limit`."""
+        lines = [f"{self.name}: {self._holds()}{'' if self.fresh else ' (prepared before)'}"]
+        if self.unusable:
+            count = counted(len(self.unusable), "file")
+            lines.append(f"{count} unusable: {shown(self.unusable, limit)}")
+        if self.converted:
+            counts = (f"{count:,} {what}" for what, count in self.converted.items())
+            lines.append(f"converted: {', '.join(counts)}")
+        if self.animated:
+            files = _listed([printable(file) for file in self.animated], limit)
+            lines.append(f"first frame only: {files}")
+        return [*lines, *self.notes, f"in {self.folder}"]
+
+    def _holds(self) -> str:
+        images = f"{self.num_train:,} training and {counted(self.num_test, 'test image')}"
+        if not self.num_test:
+            images = f"{counted(self.num_train, 'training image')} and no test images"
+        labels = len(self.class_names)
+        classes = counted(labels, "class", "classes") if labels else "no labels"
+        return f"{images}, {classes}, {_size(self.num_bytes)}"
+
+
+def shown(unusable: Sequence[Unusable], limit: int = 10) -> str:
+    """Unusable files with their reasons, in a line."""
+    return _listed([f"{printable(file.file)} ({file.reason})" for file in unusable], limit)
+
+
+def printable(file: str) -> str:
+    """A file's name on one line, whatever bytes it consists of."""
+    return file if file.isprintable() else repr(file)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 file, 1,024 files."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _listed(texts: list[str], limit: int) -> str:
+    more = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {more:,} more (see store.json)" if more > 0 else "")
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return (
+                f"{num_bytes / size:,.1f} {unit}" if unit == "GB" else f"{num_bytes / size:.0f} MB"
+            )
+    return f"{num_bytes / 1e3:.0f} kB"

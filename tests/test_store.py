@@ -1,0 +1,98 @@
+"""A written split, read back by safetensors and by the store."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastidmm import store
+from fastidmm.datasets import Item
+from fastidmm.decode import Picture
+from fastidmm.errors import DataError, UsageError
+from fastidmm.pack import pack
+from fastidmm.store import Store
+
+
+def picture(height: int, width: int, first: int = 0, digest: str = "d") -> Picture:
+    pixels = (np.arange(height * width * 3) + first).astype(np.uint8).tobytes()
+    return Picture(pixels, height, width, digest, ())
+
+
+def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
+    rows = [(Item("a", 2), picture(3, 5)), (Item("b", -1), picture(1, 1, 7))]
+    packed = pack(tmp_path / "x.safetensors", rows)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors["pixels"].dtype == torch.uint8 and tensors["pixels"].numel() == 256
+    assert tensors["pixels"][:48].tolist() == [*range(45), 7, 8, 9]
+    assert not tensors["pixels"][48:].any()
+    columns = {name: tensors[name].tolist() for name in ("offset", "height", "width", "label")}
+    assert columns == {"offset": [0, 45], "height": [3, 1], "width": [5, 1], "label": [2, -1]}
+    assert tensors["offset"].dtype == tensors["label"].dtype == torch.int64
+    assert tensors["height"].dtype == tensors["width"].dtype == torch.int32
+    assert packed.num_bytes == (tmp_path / "x.safetensors").stat().st_size
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_pixels_are_mapped_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    pack(path, [(Item("a", 0), picture(3, 5))])
+    tensors = load_file(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del tensors
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_fingerprint_tells_pixels_sizes_labels_and_order_apart(tmp_path: Path) -> None:
+    a, b = (Item("a", 0), picture(3, 5, digest="d")), (Item("b", 1), picture(3, 5, digest="e"))
+    variants = [
+        [a, b],
+        [b, a],
+        [a],
+        [(Item("a", 1), a[1]), b],
+        [(a[0], picture(5, 3, digest="d")), b],
+        [(a[0], picture(3, 5, digest="f")), b],
+    ]
+    prints = [pack(tmp_path / "x", rows).fingerprint() for rows in variants]
+    assert len(set(prints)) == len(variants)
+    assert pack(tmp_path / "y", [(Item("renamed", 0), a[1]), b]).fingerprint() == prints[0]
+
+
+def test_selecting_rows_shares_the_pixels(tmp_path: Path) -> None:
+    pack(tmp_path / "x", [(Item("a", 0), picture(3, 5)), (Item("b", 1), picture(2, 2, 100))])
+    whole = Store(**load_file(tmp_path / "x"), class_names=("p", "q"), fingerprint="")
+    assert len(whole) == 2 and whole.labelled and (whole.max_height, whole.max_width) == (3, 5)
+    part = whole.select(torch.tensor([1]))
+    assert part.image(0).flatten().tolist() == list(range(100, 112))
+    assert part.pixels.data_ptr() == whole.pixels.data_ptr() and part.max_width == 2
+
+
+@pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", "a b", "x" * 65, "ü", "a\n", ".."])
+def test_names_that_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name a dataset"):
+        store.check_name(name, "dataset")
+
+
+@pytest.mark.parametrize("name", ["a", "0", "My-set_1.0", "x" * 64])
+def test_names_that_are_taken(name: str) -> None:
+    assert store.check_name(name, "dataset") == name
+
+
+def test_nothing_prepared(home: Path) -> None:
+    assert store.prepared() == []
+    with pytest.raises(UsageError, match="fastidmm prepare --dataset demo"):
+        store.current()
+    with pytest.raises(UsageError, match="Nothing is prepared yet"):
+        store.folder_of("flowers")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"reader_version": 999}'])
+def test_a_damaged_description(tmp_path: Path, text: str) -> None:
+    (tmp_path / "store.json").write_text(text)
+    with pytest.raises(DataError, match="prepare the dataset again"):
+        store.open_store(tmp_path, "train")
