@@ -1,0 +1,136 @@
+"""How far a run has come, and what to type: to complete it, to repeat it."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastidmm.plan import num_steps
+from fastidmm.recipe import Recipe, with_settings
+from fastidmm.record import RECIPE, Record
+from fastidmm.stages import finetune_tables
+
+FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
+LONGEST_NAME = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far a run, or a stage inside it, has come."""
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.record.folder.name
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What it was started with."""
+        return self.record.environment()
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """Its metric lines."""
+        return self.record.metrics()
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch."""
+        return num_steps(self.environment["num_train"], self.record.recipe.run.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps made, as far as they were logged."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch it stands in, from 1 on; 0 before the first step."""
+        return int(self.lines[-1]["epoch"]) if self.lines else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were made."""
+        return self.steps == self.record.recipe.run.epochs * self.steps_per_epoch
+
+    @property
+    def arm(self) -> str:
+        """Which side of the comparison it is on."""
+        return "pretrained" if self.record.recipe.run.init else "random"
+
+    @property
+    def score_name(self) -> str:
+        """What an evaluation calls its score."""
+        return f"finetuned_{self.record.recipe.run.resolution}"
+
+
+def missing(
+    run: Stage, tuned: Sequence[Stage], scores: dict[str, Any] | None, *, scorable: bool
+) -> list[tuple[str, str]]:
+    """What a run lacks, each with the command that brings it."""
+    name, steps = _argument(run.record.folder), []
+    for stage in (run, *tuned):
+        if not stage.finished:
+            whole = (
+                f"{stage.name} stands at epoch {stage.epoch} of {stage.record.recipe.run.epochs}"
+            )
+            steps.append((whole, f"fastidmm resume {name}"))
+    if not scorable:
+        return steps
+    like = _flags(tuned[-1]) if tuned else []
+    for arm, start, scratch in (
+        ("pretrained", "the pretrained weights", []),
+        ("random", "random weights, to compare with", ["--scratch"]),
+    ):
+        if not any(stage.arm == arm for stage in tuned):
+            words = ["fastidmm finetune --run", name, *like, *scratch]
+            steps.append((f"not fine-tuned from {start}", " ".join(words)))
+    if scores is None:
+        steps.append(("not scored on the test images", f"fastidmm evaluate --run {name}"))
+    elif any(stage.score_name not in scores[stage.arm] for stage in tuned):
+        steps.append(("fine-tuned since it was scored", f"fastidmm evaluate --run {name}"))
+    return steps
+
+
+def again(run: Stage, tuned: Sequence[Stage], *, evaluated: bool) -> list[str]:
+    """The commands that repeat a run, its stages and its evaluation under another name."""
+    folder = run.record.folder
+    name = f"{folder.name[: LONGEST_NAME - 6]}-again"
+    recipe = shlex.quote(str(folder / RECIPE))
+    commands = [f"fastidmm pretrain --recipe {recipe} --run {name}"]
+    for stage in tuned:
+        scratch = ["--scratch"] if stage.arm == "random" else []
+        words = ["fastidmm finetune --run", name, *_flags(stage), *_others(run, stage), *scratch]
+        commands.append(" ".join(words))
+    if evaluated:
+        commands.append(f"fastidmm evaluate --run {name}")
+    return [*commands, f"fastidmm report --run {name}"]
+
+
+def _argument(folder: Path) -> str:
+    """A run as the command line takes it."""
+    return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
+
+
+def _flags(stage: Stage) -> list[str]:
+    run = stage.record.recipe.run
+    return [f"{flag} {getattr(run, key)}" for key, flag in FLAGS.items()]
+
+
+def _others(run: Stage, stage: Stage) -> list[str]:
+    """`--set` for all in which a stage's recipe differs from what its flags alone would give."""
+    own = stage.record.recipe
+    settings = {f"run.{key}": getattr(own.run, key) for key in FLAGS}
+    tables = with_settings(finetune_tables(run.record, pretrained=False), settings, [])
+    usual = Recipe.of(tables).tables()
+    return [
+        shlex.join(["--set", f"{table}.{key}={json.dumps(value)}"])
+        for table, values in own.tables().items()
+        for key, value in values.items()
+        if (table, key) != ("run", "init") and usual[table].get(key) != value
+    ]
