@@ -8,6 +8,7 @@ from fastidmm.backbones.build import build_encoder, load_encoder
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
+from fastidmm.machine import cpu_threads, device_of, dtype_of
 from fastidmm.optim import Schedule, adamw, lr_schedule
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
@@ -15,7 +16,7 @@ from fastidmm.record import Record, encoder_weights
 from fastidmm.registry import find
 from fastidmm.store import Store, folder_of, open_store, stratified
 
-CROPS_PER_CPU_PASS = 256  # more at once leave the cache, and are slower
+CROPS_PER_CPU_PASS = 128  # more at once leave the cache, and are slower
 
 
 @dataclass(slots=True)
@@ -51,27 +52,6 @@ class Parts:
         return self.recipe.run.epochs * self.loader.steps_per_epoch
 
 
-def device_of(name: str) -> torch.device:
-    """The device a recipe names; `auto` is the first GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:NUMBER.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has no such GPU; --device cpu works.")
-    return device
-
-
-def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: `auto` is bf16 on a GPU and fp32 on a CPU."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def training_rows(recipe: Recipe) -> Store:
     """The training split a recipe asks for, memory-mapped."""
     store = open_store(folder_of(recipe.run.dataset), "train")
@@ -97,6 +77,7 @@ def assemble(record: Record) -> Parts:
     recipe, run = record.recipe, record.recipe.run
     device = device_of(run.device)
     dtype = dtype_of(run.precision, device)
+    torch.set_num_threads(cpu_threads())
     torch.use_deterministic_algorithms(run.exact)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.exact
     store = training_rows(recipe).to(device)

@@ -122,21 +122,28 @@ def _resized(store: Store, crops: Crops, part: slice) -> Tensor:
     chosen = _take(crops, part)
     if store.pixels.is_cuda:
         high, wide = store.max_height, store.max_width
-        return _apply_taps(_padded_windows(store, chosen, high, wide), chosen)
-    singles = (_take(chosen, slice(i, i + 1)) for i in range(chosen.rows.numel()))
-    return torch.cat([_apply_taps(_window(store, single), single) for single in singles])
+        return _apply_taps(_padded_windows(store, chosen, high, wide), *_taps(chosen, high, wide))
+    sides = chosen.window[:, 2:] - chosen.window[:, :2]
+    down, across = _taps(chosen, *sides.amax(dim=0).tolist())
+    singles = []
+    for place, (row, (top, left, bottom, right)) in enumerate(
+        zip(chosen.rows.tolist(), chosen.window.tolist(), strict=True)
+    ):
+        window = store.image(row)[None, top:bottom, left:right]
+        taps = down[place, None, :, : bottom - top], across[place, None, :, : right - left]
+        singles.append(_apply_taps(window, *taps))
+    return torch.cat(singles)
+
+
+def _taps(crops: Crops, high: int, wide: int) -> tuple[Tensor, Tensor]:
+    """The tap matrices of both axes, for windows padded to (high, wide)."""
+    return tap_matrix(crops, 0, high), tap_matrix(crops, 1, wide)
 
 
 def _take(crops: Crops, part: slice) -> Crops:
     tensors = (crops.rows, crops.origin, crops.scale, crops.window)
     rows, origin, scale, window = (tensor[part] for tensor in tensors)
     return Crops(rows, origin, scale, window, crops.size, crops.interpolation)
-
-
-def _window(store: Store, crop: Crops) -> Tensor:
-    """The one window of a single crop: (1, h, w, 3) uint8."""
-    top, left, bottom, right = crop.window[0].tolist()
-    return store.image(int(crop.rows[0]))[None, top:bottom, left:right]
 
 
 def _padded_windows(store: Store, crops: Crops, high: int, wide: int) -> Tensor:
@@ -151,14 +158,16 @@ def _padded_windows(store: Store, crops: Crops, high: int, wide: int) -> Tensor:
     return triples[(start + y * across)[:, :, None] + x[:, None, :]]
 
 
-def _apply_taps(windows: Tensor, crops: Crops) -> Tensor:
-    """Both passes of a separable resize: (c, h, w, 3) uint8 to (c, 3, S, S) in [0, 1]."""
+def _apply_taps(windows: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Both passes of a separable resize: (c, h, w, 3) uint8 to (c, 3, S, S) in [0, 1].
+
+    down (c, S, h) and across (c, S, w) float32.
+    """
     num, high, wide, _ = windows.shape
     with _exact_products():
-        rows = tap_matrix(crops, 0, high) @ windows.reshape(num, high, wide * 3).float()
-        rows = rows.view(num, crops.size, wide, 3).permute(0, 3, 1, 2)
-        taps = tap_matrix(crops, 1, wide)[:, None]
-        return (rows @ taps.transpose(2, 3)).mul_(1 / 255).clamp_(0, 1)
+        rows = down @ windows.reshape(num, high, wide * 3).float()
+        rows = rows.view(num, -1, wide, 3).permute(0, 3, 1, 2)
+        return (rows @ across[:, None].transpose(2, 3)).mul_(1 / 255).clamp_(0, 1)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 import fastidmm
 from fastidmm import checkpoint
 from fastidmm.errors import UsageError, did_you_mean
+from fastidmm.machine import cpu_threads
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -127,7 +128,7 @@ def environment(store: Store) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "gpu": gpu,
-        "threads": torch.get_num_threads(),
+        "threads": cpu_threads(),
         "command": sys.argv,
         "train_fingerprint": store.fingerprint,
         "num_train": len(store),

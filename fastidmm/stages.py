@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.assemble import Parts, device_of, dtype_of, training_rows
+from fastidmm.assemble import Parts, training_rows
 from fastidmm.backbones.build import build_encoder, load_encoder
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, outputs, score
+from fastidmm.machine import device_of, dtype_of
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import Record, free_folder, newest_weights, run_folder, stages

@@ -1,6 +1,8 @@
 """The store in the device's memory, views rendered there: follows the plan exactly."""
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -30,10 +32,16 @@ class Resident:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from `start_step` on, without end; a restart gives the same ones."""
-        step = start_step
-        while True:
-            yield self.batch(step)
-            step += 1
+        steps = itertools.count(start_step)
+        if self.store.pixels.is_cuda:
+            yield from map(self.batch, steps)
+        # On a CPU one core renders the next batch while the others train on this one.
+        with ThreadPoolExecutor(max_workers=1) as renderer:
+            coming = renderer.submit(self.batch, next(steps))
+            for step in steps:
+                batch = coming.result()
+                coming = renderer.submit(self.batch, step)
+                yield batch
 
     def batch(self, step: int) -> Batch:
         """The batch of one step."""
