@@ -72,15 +72,18 @@ def training_rows(recipe: Recipe) -> Store:
     return store
 
 
-def assemble(record: Record) -> Parts:
-    """Everything a recipe names, on the device, with the first weights of its seed."""
+def assemble(record: Record, split: Store | None = None) -> Parts:
+    """Everything a recipe names, on the device, with the first weights of its seed.
+
+    `split` stands in for the prepared training split: benchmarks make their own.
+    """
     recipe, run = record.recipe, record.recipe.run
     device = device_of(run.device)
     dtype = dtype_of(run.precision, device)
     torch.set_num_threads(cpu_threads())
     torch.use_deterministic_algorithms(run.exact)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.exact
-    store = training_rows(recipe).to(device)
+    store = (training_rows(recipe) if split is None else split).to(device)
     if store.fingerprint != record.environment()["train_fingerprint"]:
         raise DataError(
             f"{run.dataset!r} was prepared anew since {record.folder} began; start a new run."

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastidmm import checkpoint, stages
+from fastidmm import checkpoint, optim, stages
 from fastidmm import train as training
+from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import DataError, Interrupted, NumericalError
 from fastidmm.methods.idmm import IDMM
@@ -55,7 +56,7 @@ class Killed(Exception):
 
 def kill_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Raise in place of the update with that number."""
-    calls, update = iter(range(1000)), training.update
+    calls, update = iter(range(1000)), optim.update
 
     def dying(*args: Any) -> Any:
         if next(calls) == number:
@@ -142,8 +143,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, hit: Callable[[int, int], bool]) ->
 
     def failing(self: IDMM, batch: Batch) -> Loss:
         loss = forward(self, batch)
-        attempt = self.backbone.counters.attempt  # type: ignore[union-attr]
-        factor = float("nan") if hit(attempt, batch.step) else 1.0
+        assert isinstance(self.backbone, Encoder)
+        factor = float("nan") if hit(self.backbone.counters.attempt, batch.step) else 1.0
         return Loss(loss.total * factor, loss.parts)
 
     monkeypatch.setattr(IDMM, "forward", failing)

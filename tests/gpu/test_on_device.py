@@ -1,0 +1,78 @@
+"""What only a GPU can show: plans and views equal to the CPU's, steps that never wait."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastidmm.augment import render
+from fastidmm.batch import ViewGroup
+from fastidmm.chance import Counters
+from fastidmm.plan import GroupPlan, draw
+from fastidmm.store import Store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+GROUP = ViewGroup(
+    count=2, size=33, scale=(0.05, 1.0), jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
+    saturation=(0.2, 1.8), hue=(-0.2, 0.2), gray=0.2, blur=0.5, solarize=0.2, mix="cutmix",
+)  # fmt: skip
+
+
+def store(num: int = 37) -> Store:
+    """Noise of awkward sizes."""
+    chance = torch.Generator().manual_seed(0)
+    height = torch.randint(5, 90, (num,), generator=chance).int()
+    width = torch.randint(5, 90, (num,), generator=chance).int()
+    length = height.long() * width.long() * 3
+    pixels = torch.randint(0, 256, (int(length.sum()),), generator=chance, dtype=torch.uint8)
+    label = torch.zeros(num, dtype=torch.int64)
+    return Store(pixels, length.cumsum(0) - length, height, width, label, ("one",), "noise")
+
+
+def plan(photos: Store, step: int) -> GroupPlan:
+    """One group's plan, drawn where the store lies."""
+    sizes = (photos.height, photos.width)
+    return draw(sizes, [GROUP], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
+
+
+def tensors(thing: object) -> dict[str, torch.Tensor]:
+    """All tensors of a plan, by name, on the CPU."""
+    found: dict[str, torch.Tensor] = {}
+    for field in dataclasses.fields(thing):  # type: ignore[arg-type]
+        value = getattr(thing, field.name)
+        if isinstance(value, torch.Tensor):
+            found[field.name] = value.cpu()
+        elif dataclasses.is_dataclass(value):
+            found |= tensors(value)
+    return found
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_plans_are_equal_to_the_bit(step: int) -> None:
+    photos = store()
+    here, there = tensors(plan(photos, step)), tensors(plan(photos.to(torch.device("cuda")), step))
+    for name, tensor in here.items():
+        assert torch.equal(tensor, there[name]), name
+
+
+def test_views_are_equal_to_rounding() -> None:
+    photos = store()
+    there = photos.to(torch.device("cuda"))
+    mine = render(photos, plan(photos, 1), GROUP)
+    theirs = render(there, plan(there, 1), GROUP).cpu()
+    # Solarize may fall on either side of its threshold in a last bit.
+    assert (mine - theirs).abs().gt(1e-3).float().mean() < 1e-4
+
+
+def test_drawing_and_rendering_never_wait() -> None:
+    photos = store().to(torch.device("cuda"))
+    render(photos, plan(photos, 0), GROUP)  # tables are made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            render(photos, plan(photos, step), GROUP)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
