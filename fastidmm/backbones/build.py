@@ -18,6 +18,7 @@ class Backbone:
 
     build: Callable[[int, float], nn.Module]  # resolution px, drop-path rate
     multiple_of: int  # what a resolution must be divisible by, px
+    smallest: int = 8  # resolution it can work at, px
     lr: float = 5e-4
     warmup_epochs: int = 2
 
@@ -55,11 +56,12 @@ def build_encoder(
 
     make_torchvision_importable()
     entry = backbone(name)
-    if resolution < 8 or resolution % entry.multiple_of:
+    step = entry.multiple_of
+    if resolution < entry.smallest or resolution % step:
+        rule = f"a multiple of {step} px" if step > 1 else f"{entry.smallest} px or more"
+        near = max(round(resolution / step), -(-entry.smallest // step)) * step
         raise UsageError(
-            f"{name} needs a resolution that is a multiple of {entry.multiple_of}, "
-            f"not {resolution}: try --resolution "
-            f"{max(1, round(resolution / entry.multiple_of)) * entry.multiple_of}."
+            f"{name} needs a resolution that is {rule}, not {resolution}: try --resolution {near}."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(counters.seed)
