@@ -44,9 +44,14 @@ def render_plain(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
     return normalise(torch.cat(parts), group)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether to take the GPU's way, which never asks for a size or a mask."""
+    return x.is_cuda
+
+
 def _chunks(store: Store, crops: Crops) -> Iterator[slice]:
     num, size = crops.rows.numel(), CPU_CHUNK
-    if store.pixels.is_cuda:
+    if on_gpu(store.pixels):
         # Of each source pixel: an index of 8 bytes, 3 values as bytes and as float32.
         size = max(1, GPU_CHUNK_BYTES // (23 * store.max_height * store.max_width))
     yield from (slice(i, min(i + size, num)) for i in range(0, num, size))
@@ -70,7 +75,7 @@ def _colour(x: Tensor, plan: GroupPlan, part: slice, group: ViewGroup) -> Tensor
 
 def _where(mask: Tensor, x: Tensor, change: Callable[..., Tensor], *params: Tensor) -> Tensor:
     """Change the crops that `mask` names; `params` have one entry per crop."""
-    if x.is_cuda:
+    if on_gpu(x):
         return torch.where(mask[:, None, None, None], change(x, *params), x)
     index = mask.nonzero()[:, 0]
     if index.numel():
@@ -120,7 +125,7 @@ def tap_matrix(crops: Crops, axis: int, extent: int) -> Tensor:
 def _resized(store: Store, crops: Crops, part: slice) -> Tensor:
     """Cut and resize some crops: (c, 3, S, S) float32 in [0, 1]."""
     chosen = _take(crops, part)
-    if store.pixels.is_cuda:
+    if on_gpu(store.pixels):
         high, wide = store.max_height, store.max_width
         return _apply_taps(_padded_windows(store, chosen, high, wide), *_taps(chosen, high, wide))
     sides = chosen.window[:, 2:] - chosen.window[:, :2]

@@ -13,6 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastidmm.backbones.torchvision_ops import make_torchvision_importable
+
+make_torchvision_importable()  # before any test file imports it
+
 MakePhotos = Callable[..., Path]
 
 

@@ -1,5 +1,6 @@
 """Build a backbone whose chance comes from counters, and load one that was trained before."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class Backbone:
 
     build: Callable[[int, float], nn.Module]  # resolution px, drop-path rate
     multiple_of: int  # what a resolution must be divisible by, px
+    smallest: int = 8  # resolution it can work at, px
     lr: float = 5e-4
     warmup_epochs: int = 2
 
@@ -55,11 +57,12 @@ def build_encoder(
 
     make_torchvision_importable()
     entry = backbone(name)
-    if resolution < 8 or resolution % entry.multiple_of:
+    step = entry.multiple_of
+    if resolution < entry.smallest or resolution % step:
+        rule = f"a multiple of {step} px" if step > 1 else f"{entry.smallest} px or more"
+        near = max(round(resolution / step), -(-entry.smallest // step)) * step
         raise UsageError(
-            f"{name} needs a resolution that is a multiple of {entry.multiple_of}, "
-            f"not {resolution}: try --resolution "
-            f"{max(1, round(resolution / entry.multiple_of)) * entry.multiple_of}."
+            f"{name} needs a resolution that is {rule}, not {resolution}: try --resolution {near}."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(counters.seed)
@@ -84,12 +87,17 @@ def load_encoder(encoder: Encoder, state: dict[str, Tensor], *, source: str) -> 
 
 
 def _fit(name: str, tensor: Tensor, own: Tensor | None) -> Tensor:
-    """Resize a learned position embedding, class token kept, bicubic as the paper does."""
+    """Resize a learned position embedding, class tokens kept, bicubic as the paper does."""
     if own is None or not name.endswith("pos_embed") or tensor.shape == own.shape:
         return tensor
     if tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
         return tensor
-    sides = [round((t.shape[1] - 1) ** 0.5) for t in (tensor, own)]
-    grid = tensor[:, 1:].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
+    # Class tokens come first, then a square of patches.
+    sides = [math.isqrt(t.shape[1]) for t in (tensor, own)]
+    tokens = [t.shape[1] - side**2 for t, side in zip((tensor, own), sides, strict=True)]
+    if tokens[0] != tokens[1]:
+        return tensor
+    first, grid = tensor[:, : tokens[0]], tensor[:, tokens[0] :]
+    grid = grid.transpose(1, 2).unflatten(2, (sides[0], sides[0]))
     grid = nn.functional.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic")
-    return torch.cat((tensor[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+    return torch.cat((first, grid.flatten(2).transpose(1, 2)), dim=1)

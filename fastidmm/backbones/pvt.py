@@ -1,7 +1,8 @@
 """Pyramid vision transformers v2, by way of timm: any resolution, no position embedding.
 
 Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVM 2022. The
-feature is the mean over the last stage's tokens.
+feature is the mean over the last stage's tokens. At the paper's 112 px the stages are 28, 14, 7 and
+4 tokens a side.
 """
 
 from functools import partial
@@ -20,5 +21,9 @@ def _pvt(name: str, resolution: int, drop_path: float) -> nn.Module:
     return model
 
 
-pvtv2_b0 = Backbone(partial(_pvt, "pvt_v2_b0"), multiple_of=32, lr=1e-3, warmup_epochs=10)
-pvtv2_b3 = Backbone(partial(_pvt, "pvt_v2_b3"), multiple_of=32, lr=1e-3, warmup_epochs=10)
+pvtv2_b0 = Backbone(
+    partial(_pvt, "pvt_v2_b0"), multiple_of=1, smallest=32, lr=1e-3, warmup_epochs=10
+)
+pvtv2_b3 = Backbone(
+    partial(_pvt, "pvt_v2_b3"), multiple_of=1, smallest=32, lr=1e-3, warmup_epochs=10
+)

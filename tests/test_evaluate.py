@@ -1,0 +1,198 @@
+"""Evaluation against slow and certain ways to the same numbers."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+from synthetic import photograph, small_store, store_of
+from torch import Tensor, nn
+
+from fastidmm.augment import render_plain
+from fastidmm.batch import ViewGroup
+from fastidmm.evaluate import Score, evaluating, knn, linear_probe, outputs, score
+from fastidmm.plan import central_crops
+
+GROUP = ViewGroup(count=1, size=32, scale=(1, 1))
+
+
+def clusters(num: int, dims: int, classes: int, seed: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Features around one centre per class, and the classes; overlapping when spread is wide."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dims, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (num,), generator=random)
+    noise = torch.randn(num, dims, generator=random)
+    return centres[labels] + spread * noise, labels
+
+
+# --- kNN ----------------------------------------------------------------------------------------
+
+
+def naive_knn(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, *, own: bool = False
+) -> list[int]:
+    """Wu et al. one query at a time, in float64: 20 neighbours, exp(cosine / 0.07)."""
+    bank, found = train.double().numpy(), []
+    for i, query in enumerate(test.double().numpy()):
+        scored = [
+            (float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)), int(label))
+            for j, (row, label) in enumerate(zip(bank, labels, strict=True))
+            if not (own and i == j)
+        ]
+        votes = [0.0] * num_classes
+        for similarity, label in sorted(scored, reverse=True)[:20]:
+            votes[label] += float(np.exp(similarity / 0.07))
+        found.append(int(np.argmax(votes)))
+    return found
+
+
+@pytest.mark.parametrize("num", [2, 19, 20, 21, 60])
+def test_knn_is_the_naive_one(num: int) -> None:
+    train, labels = clusters(num, 6, 5, 1, 2.0)
+    test, _ = clusters(40, 6, 5, 2, 2.0)
+    assert knn(train, labels, test, 5).tolist() == naive_knn(train, labels, test, 5)
+    left_out = knn(train, labels, train, 5, own=True)
+    assert left_out.tolist() == naive_knn(train, labels, train, 5, own=True)
+
+
+def test_leaving_one_out_crosses_chunks() -> None:
+    """Every row is a class of its own and has a twin, which is found unless it finds itself."""
+    base = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    train = torch.cat((base, base + 1e-4))  # 1200 rows, more than are compared at once
+    labels = torch.arange(1200)
+    found = knn(train, labels, train, 1200, own=True)
+    assert found.tolist() == [*range(600, 1200), *range(600)]
+
+
+# --- linear probe -------------------------------------------------------------------------------
+
+
+def best_probe(train: Tensor, labels: Tensor, num_classes: int) -> NDArray[np.float64]:
+    """The minimum of the same objective by scipy in float64: (classes, D + 1), bias last."""
+    x = train.double().numpy()
+    x = (x - x.mean(axis=0)) / x.std(axis=0, ddof=1)
+    targets = np.eye(num_classes)[labels.numpy()]
+
+    def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        w = flat.reshape(num_classes, -1)
+        logits = x @ w[:, :-1].T + w[:, -1]
+        lse = logsumexp(logits, axis=1, keepdims=True)
+        fit = float((lse[:, 0] - (logits * targets).sum(axis=1)).mean())
+        wrong = (np.exp(logits - lse) - targets) / len(x)
+        gradient = np.hstack((wrong.T @ x + 1e-2 * w[:, :-1], wrong.sum(axis=0)[:, None]))
+        return fit + 0.5e-2 * float((w[:, :-1] ** 2).sum()), gradient.ravel()
+
+    start = np.zeros(num_classes * (x.shape[1] + 1))
+    options = {"maxiter": 2000, "gtol": 1e-9, "ftol": 1e-15}
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    best: NDArray[np.float64] = found.x.reshape(num_classes, -1)
+    return best
+
+
+def test_the_linear_probe_finds_the_minimum() -> None:
+    train, labels = clusters(120, 7, 4, 1, 1.5)
+    train = train * torch.logspace(-2, 2, 7) + 5  # features of very different scales
+    test, _ = clusters(400, 7, 4, 2, 1.5)
+    test = test * torch.logspace(-2, 2, 7) + 5
+    with torch.inference_mode():  # as `outputs` gives them
+        given = train.clone(), labels, test.clone()
+    best = best_probe(train, labels, 4)
+    mean, deviation = train.double().mean(dim=0), train.double().std(dim=0)
+    logits = ((test.double() - mean) / deviation).numpy() @ best[:, :-1].T + best[:, -1]
+    margin = np.sort(logits, axis=1)[:, -1] - np.sort(logits, axis=1)[:, -2]
+    clear = margin > 0.02  # beside a boundary float32 may fall either way
+    assert clear.mean() > 0.95
+    before = torch.get_rng_state()
+    found = linear_probe(*given, 4).numpy()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (found == logits.argmax(axis=1))[clear].all()
+
+
+def test_the_linear_probe_survives_features_without_spread() -> None:
+    train, labels = clusters(60, 4, 3, 1, 0.1)
+    train[:, 2] = 7.0
+    assert score(linear_probe(train, labels, train, 3), labels).value == 1
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "num", "low", "high"),
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe, Statistics in Medicine 1998, table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_intervals_are_wilsons(correct: int, num: int, low: float, high: float) -> None:
+    assert Score(correct, num).interval == pytest.approx((low, high), abs=6e-5)
+
+
+def test_scores_count_right_answers() -> None:
+    found = score(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 0, 3]))
+    assert (found.correct, found.num, found.value) == (3, 4, 0.75)
+    assert str(found) == "75.0 % [30.1, 95.4]"
+    assert found.as_dict() == {
+        "correct": 3,
+        "num": 4,
+        "value": 0.75,
+        "interval": list(found.interval),
+    }
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """The mean of each channel; says whether it was asked to train or to keep gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training and torch.is_inference_mode_enabled()
+        self.shapes.append(tuple(images.shape))
+        return images.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("num", [1, 7, 300])
+def test_outputs_come_in_the_stores_order(num: int) -> None:
+    """Row by row the central crop: shorter side to 256/224 of the resolution."""
+    images = [photograph(16 + r % 5, 18 + r % 7, r) for r in range(num)]
+    store, model = store_of(images), Means().train()
+    found = outputs(model, store, resolution=28, group=GROUP, dtype=torch.float32)
+    assert found.shape == (num, 3) and found.dtype == torch.float32
+    assert model.training
+    assert sum(shape[0] for shape in model.shapes) == num
+    assert {shape[1:] for shape in model.shapes} == {(3, 28, 28)}
+    for row in {0, num // 2, num - 1}:
+        one = torch.tensor([row])
+        crop = central_crops(one, store.height[one], store.width[one], size=28, resize=32)
+        expected = render_plain(store, crop, GROUP).mean(dim=(2, 3))
+        torch.testing.assert_close(found[one], expected, rtol=1e-4, atol=1e-5)
+    assert num == 1 or not torch.allclose(found[0], found[-1], atol=1e-3)
+
+
+def test_outputs_follow_the_precision_asked_for() -> None:
+    store = small_store(3)
+    model = nn.Sequential(Means(), nn.Linear(3, 4))
+    full = outputs(model, store, resolution=28, group=GROUP, dtype=torch.float32)
+    half = outputs(model, store, resolution=28, group=GROUP, dtype=torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half) and torch.allclose(full, half, atol=0.05)
+
+
+def test_evaluating_restores_the_mode_it_found() -> None:
+    for mode in (True, False):
+        model = nn.Linear(1, 1).train(mode)
+        with pytest.raises(RuntimeError, match="on purpose"), evaluating(model):
+            assert not model.training
+            raise RuntimeError("on purpose")
+        assert model.training == mode
