@@ -61,15 +61,20 @@ def training_rows(recipe: Recipe) -> Store:
     store = store.select(stratified(store.label, num, recipe.run.seed)) if num else store
     if len(store) < 2:
         raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
-    needs_labels = find("method", recipe.run.method).needs_labels
-    if needs_labels and not store.labelled:
-        raise DataError(
-            f"the images of {recipe.run.dataset!r} have no labels: fine-tuning and evaluation need "
-            "a folder per class (CLASS/*.jpg); prepare them so."
-        )
-    if needs_labels and store.num_classes < 2:
-        raise DataError(f"{recipe.run.dataset!r} has one class; a classifier needs at least 2.")
+    if find("method", recipe.run.method).needs_labels:
+        check_labels(store, recipe.run.dataset)
     return store
+
+
+def check_labels(store: Store, name: str) -> None:
+    """Refuse images that no classifier can be learnt from."""
+    if not store.labelled:
+        raise DataError(
+            f"the images of {name!r} have no labels: fine-tuning and evaluation need a folder per "
+            "class (CLASS/*.jpg); prepare them so."
+        )
+    if store.num_classes < 2:
+        raise DataError(f"{name!r} has one class; a classifier needs at least 2.")
 
 
 def assemble(record: Record, split: Store | None = None) -> Parts:

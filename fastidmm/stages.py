@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.assemble import Parts, training_rows
+from fastidmm.assemble import Parts, check_labels, training_rows
 from fastidmm.backbones.build import build_encoder, load_encoder
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, outputs, score
 from fastidmm.machine import device_of, dtype_of
 from fastidmm.progress import say
@@ -127,9 +127,8 @@ def evaluate(run: Path) -> dict[str, Any]:
     record = Record(run)
     recipe = record.recipe
     store = training_rows(recipe)
+    check_labels(store, recipe.run.dataset)
     test = open_store(folder_of(recipe.run.dataset), "test")
-    if not (store.labelled and test.labelled):
-        raise DataError(f"the images of {recipe.run.dataset!r} have no labels to evaluate by.")
     device = device_of(recipe.run.device)
     store, test = store.to(device), test.to(device)
     scores: dict[str, Any] = {}
@@ -149,7 +148,9 @@ def evaluate(run: Path) -> dict[str, Any]:
         "num_test": len(test),
         "scores": scores,
     }
-    (run / EVALUATION).write_text(json.dumps(found, indent=2))
+    aside = run / f".{EVALUATION}"
+    aside.write_text(json.dumps(found, indent=2))
+    aside.replace(run / EVALUATION)
     return found
 
 

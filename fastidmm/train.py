@@ -68,7 +68,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
                 **clock.rates(),
             }
             skipped_since = torch.zeros_like(skipped_since)
-            if parts.store.labelled and (done or every.due(state.step, every.knn)):
+            if parts.store.num_classes > 1 and (done or every.due(state.step, every.knn)):
                 line["knn_top1"] = online_knn(parts)
             if strikes(parts, record.log(line), progress):
                 return False
