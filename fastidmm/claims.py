@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastidmm.evaluate import Score
+from fastidmm.evaluate import Score, differ
 
 ARMS = ("pretrained", "random")
 FROZEN = {
@@ -39,15 +39,15 @@ class Measure:
 
     @property
     def outcome(self) -> Outcome:
-        """What can be claimed of pretraining: a difference only where the intervals are apart."""
+        """What can be claimed of pretraining: a difference only where a test at 5 % finds one."""
         if self.pretrained is None or self.random is None:
             return "missing"
         if self.pretrained.epochs != self.random.epochs:
             return "unequal"
-        with_it, without = self.pretrained.score.interval, self.random.score.interval
-        if with_it[0] > without[1]:
-            return "higher"
-        return "lower" if with_it[1] < without[0] else "open"
+        with_it, without = self.pretrained.score, self.random.score
+        if not differ(with_it, without):
+            return "open"
+        return "higher" if with_it.value > without.value else "lower"
 
     @property
     def points(self) -> float | None:

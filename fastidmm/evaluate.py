@@ -16,6 +16,7 @@ from fastidmm.store import Store
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 CROPS_AT_ONCE = 256
+Z = 1.959964  # of a normal distribution, two-sided 5 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval for a share of `num` independent answers."""
-        z, p, n = 1.959964, self.value, self.num
+        z, p, n = Z, self.value, self.num
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return middle - half, middle + half
@@ -45,6 +46,13 @@ class Score:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def differ(one: Score, other: Score) -> bool:
+    """Whether two shares differ by a two-proportion z-test at 5 %, the variance pooled."""
+    pooled = (one.correct + other.correct) / (one.num + other.num)
+    deviation = (pooled * (1 - pooled) * (1 / one.num + 1 / other.num)) ** 0.5
+    return abs(one.value - other.value) > Z * deviation
 
 
 @contextmanager

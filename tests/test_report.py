@@ -337,6 +337,17 @@ def scores(**arms: tuple[int, int]) -> dict[str, Any]:
             "Pretraining on these 400 images lowered kNN accuracy on frozen features from "
             "70.0 % to 50.0 %.",
         ),
+        (  # z = 2.08: the intervals overlap, and the test still finds the harm
+            scores(knn=(600, 645)),
+            "Pretraining on these 400 images lowered kNN accuracy on frozen features from "
+            "64.5 % to 60.0 %.",
+        ),
+        (  # z = 1.84
+            scores(knn=(640, 600)),
+            "Pretraining on these 400 images made no difference that 1,000 test images can show: "
+            "for kNN accuracy on frozen features (64.0 % with it, 60.0 % without) no difference "
+            "can be claimed.",
+        ),
         (
             scores(knn=(620, 612)),
             "Pretraining on these 400 images made no difference that 1,000 test images can show: "
@@ -350,7 +361,7 @@ def scores(**arms: tuple[int, int]) -> dict[str, Any]:
         ),
     ],
 )
-def test_the_verdict_claims_what_the_intervals_allow(found: dict[str, Any], expected: str) -> None:
+def test_the_verdict_claims_what_a_test_allows(found: dict[str, Any], expected: str) -> None:
     said = verdict(measures(found), num_train=400, num_test=1000)
     assert said.replace("\N{NO-BREAK SPACE}", " ") == expected
 
