@@ -51,7 +51,7 @@ class Score:
 def differ(one: Score, other: Score) -> bool:
     """Whether two shares differ by a two-proportion z-test at 5 %, the variance pooled."""
     pooled = (one.correct + other.correct) / (one.num + other.num)
-    deviation = (pooled * (1 - pooled) * (1 / one.num + 1 / other.num)) ** 0.5
+    deviation: float = (pooled * (1 - pooled) * (1 / one.num + 1 / other.num)) ** 0.5
     return abs(one.value - other.value) > Z * deviation
 
 
