@@ -168,11 +168,11 @@ def _apply_taps(windows: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
     down (c, S, h) and across (c, S, w) float32.
     """
-    num, high, wide, _ = windows.shape
     with _exact_products():
-        rows = down @ windows.reshape(num, high, wide * 3).float()
-        rows = rows.view(num, -1, wide, 3).permute(0, 3, 1, 2)
-        return (rows @ across[:, None].transpose(2, 3)).mul_(1 / 255).clamp_(0, 1)
+        planes = windows.permute(0, 3, 1, 2).float()
+        # Across first and clamped in between, as Pillow: bicubic overshoots at hard edges.
+        rows = (planes @ across[:, None].transpose(2, 3)).clamp_(0, 255)
+        return (down[:, None] @ rows).mul_(1 / 255).clamp_(0, 1)
 
 
 @contextmanager

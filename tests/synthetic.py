@@ -15,7 +15,7 @@ Photograph = NDArray[np.uint8]
 
 
 def photograph(high: int, wide: int, seed: int = 0) -> Photograph:
-    """Smooth waves, hard edges and noise: (high, wide, 3), in 20..235."""
+    """Smooth waves, hard edges and noise: (high, wide, 3), from black to white."""
     random = np.random.default_rng([high, wide, seed])
     y, x = np.mgrid[0:high, 0:wide] / max(high, wide)
     tilt, phase = random.uniform(-3, 3, (2, 3)), random.uniform(0, 6, 3)
@@ -23,9 +23,9 @@ def photograph(high: int, wide: int, seed: int = 0) -> Photograph:
     image = 128 + 60 * waves
     for _ in range(4):
         top, left = random.integers(0, high), random.integers(0, wide)
-        image[top : top + high // 3 + 1, left : left + wide // 3 + 1] = random.uniform(40, 215, 3)
-    image += random.normal(0, 8, image.shape)
-    pixels: Photograph = image.clip(20, 235).astype(np.uint8)
+        image[top : top + high // 3 + 1, left : left + wide // 3 + 1] = random.uniform(-40, 295, 3)
+    image += random.normal(0, 30, image.shape)
+    pixels: Photograph = image.clip(0, 255).astype(np.uint8)
     return pixels
 
 
