@@ -268,7 +268,19 @@ def foreign_states() -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("kind", list(foreign_states()))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "incomplete",
+        "with a stranger",
+        "of another shape",
+        "of another family",
+        "of another width",
+        "empty",
+        "without a class token",
+        "not square",
+    ],
+)
 def test_a_foreign_state_is_refused_and_nothing_changes(kind: str) -> None:
     encoder = build("vit_micro", seed=1)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}

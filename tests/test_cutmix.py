@@ -123,12 +123,14 @@ def test_partners_are_uniform_permutations() -> None:
 
 
 def test_groups_and_steps_mix_each_in_their_own_way() -> None:
+    """Two steps of one epoch, and one of the next."""
     sizes = torch.full((40,), 50)
     alike = [group_of(32), group_of(32)]
-    first, later = (
-        draw((sizes, sizes), alike, Counters(0), step=step, batch_size=40) for step in (0, 1)
-    )
-    ways = [first.groups[0], first.groups[1], later.groups[0], later.groups[1]]
+    plans = [
+        draw((sizes, sizes), alike, Counters(0), step=step, batch_size=20, cutmix_groups=5)
+        for step in range(3)
+    ]
+    ways = [group for plan in plans for group in plan.groups]
     for i, one in enumerate(ways):
         for other in ways[:i]:
             assert not torch.equal(one.partner, other.partner)

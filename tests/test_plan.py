@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from fastidmm.batch import ViewGroup
-from fastidmm.chance import WORD, Counters, philox
+from fastidmm.chance import Counters, philox
 from fastidmm.plan import (
     GroupPlan,
     Plan,
@@ -177,22 +177,38 @@ def test_boxes_are_distributed_as_torchvisions(
 
 
 @pytest.mark.parametrize(
-    ("high", "wide"), [(3, 500), (500, 3), (1, 9), (101, 67), (67, 101), (7, 6), (10, 10), (2, 3)]
+    ("high", "wide"),
+    [(3, 500), (500, 3), (1, 9), (101, 67), (67, 100), (8, 2), (2, 8), (7, 6), (2, 3)],
 )
 def test_the_box_of_last_resort_is_torchvisions(high: int, wide: int) -> None:
     group = ViewGroup(count=1, size=32, scale=(2.0, 2.0))  # never fits
     assert torch.equal(boxes(high, wide, group, 3), torchvision_boxes(high, wide, group, 3))
 
 
-def test_the_first_try_that_fits_is_taken() -> None:
-    """By hand: try 0 asks for more than the image, try 1 for a quarter of its area, square."""
-    group = ViewGroup(count=1, size=32, scale=(0.25, 2.25))
-    words = torch.zeros(1, 24, dtype=torch.int64)
-    words[0, 0] = WORD  # 2.25 of the area
-    words[0, 1:20:2] = 1 << 31  # the ratio in the middle, 1
-    words[0, 20], words[0, 21] = WORD, 0  # the last position, the first
-    side = torch.tensor([40])
-    assert resized_crop_box(words, side, side, group).tolist() == [[20, 0, 20, 20]]
+def box_by_hand(words: list[int], high: int, wide: int, group: ViewGroup) -> list[int]:
+    """torchvision's get_params on given words, in Python's own floats."""
+    low, most = group.scale
+    logs = [math.log(end) for end in group.ratio]
+    for area_word, ratio_word in zip(words[0:20:2], words[1:20:2], strict=True):
+        area = high * wide * (low + (most - low) * area_word / 2**32)
+        middle = ((ratio_word >> 16) + 0.5) / 2**16
+        ratio = math.exp(logs[0] + (logs[1] - logs[0]) * middle)
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= wide and 0 < height <= high:
+            top, left = words[20] * (high - height + 1), words[21] * (wide - width + 1)
+            return [top >> 32, left >> 32, height, width]
+    return []
+
+
+@pytest.mark.parametrize(("high", "wide"), [(500, 667), (53, 37), (40, 160)])
+def test_the_first_try_that_fits_is_taken(high: int, wide: int) -> None:
+    group = ViewGroup(count=1, size=32, scale=(0.14, 1.0))
+    words = philox((0, torch.arange(400)[:, None], 1, torch.arange(6)), (2, 3)).flatten(1)
+    side = torch.ones(400, dtype=torch.int64)
+    found = resized_crop_box(words, side * high, side * wide, group).tolist()
+    by_hand = [box_by_hand(row, high, wide, group) for row in words.tolist()]
+    assert sum(bool(box) for box in by_hand) > 300
+    assert all(not box or box == one for one, box in zip(found, by_hand, strict=True))
 
 
 # --- colour -------------------------------------------------------------------------------------

@@ -92,12 +92,9 @@ def _fit(name: str, tensor: Tensor, own: Tensor | None) -> Tensor:
         return tensor
     if tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
         return tensor
-    # Class tokens come first, then a square of patches.
+    # Class tokens come first, then a square of patches; with other tokens the shape will not fit.
     sides = [math.isqrt(t.shape[1]) for t in (tensor, own)]
-    tokens = [t.shape[1] - side**2 for t, side in zip((tensor, own), sides, strict=True)]
-    if tokens[0] != tokens[1]:
-        return tensor
-    first, grid = tensor[:, : tokens[0]], tensor[:, tokens[0] :]
-    grid = grid.transpose(1, 2).unflatten(2, (sides[0], sides[0]))
+    first = tensor.shape[1] - sides[0] ** 2
+    grid = tensor[:, first:].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
     grid = nn.functional.interpolate(grid, size=(sides[1], sides[1]), mode="bicubic")
-    return torch.cat((first, grid.flatten(2).transpose(1, 2)), dim=1)
+    return torch.cat((tensor[:, :first], grid.flatten(2).transpose(1, 2)), dim=1)
