@@ -21,10 +21,8 @@ from torch import Tensor
 
 from fastidmm import stages
 from fastidmm.assemble import assemble
-from fastidmm.claims import measures, verdict
 from fastidmm.curves import MOST_POINTS, Series, chart, ticks
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import Score
 from fastidmm.pictures import NUM_IMAGES, png, side_of
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import Record
@@ -310,73 +308,6 @@ def test_a_stage_has_no_report_of_its_own(run: Path) -> None:
         write(run / "finetune-16")
 
 
-def scores(**arms: tuple[int, int]) -> dict[str, Any]:
-    """Right answers of 1000, pretrained and random, by measure."""
-    return {
-        arm: {key: Score(right[i], 1000).as_dict() for key, right in arms.items()}
-        for i, arm in enumerate(("pretrained", "random"))
-    }
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        (
-            scores(knn=(684, 612), finetuned_48=(801, 796)),
-            "Pretraining on these 400 images lifted kNN accuracy on frozen features from "
-            "61.2 % to 68.4 %; for fine-tuned accuracy at 48 px (80.1 % with it, 79.6 % without) "
-            "no difference can be claimed.",
-        ),
-        (
-            scores(knn=(684, 612), linear_probe=(700, 600)),
-            "Pretraining on these 400 images lifted kNN accuracy on frozen features from "
-            "61.2 % to 68.4 % and linear-probe accuracy on frozen features from 60.0 % to 70.0 %.",
-        ),
-        (
-            scores(knn=(500, 700)),
-            "Pretraining on these 400 images lowered kNN accuracy on frozen features from "
-            "70.0 % to 50.0 %.",
-        ),
-        (  # z = 2.08: the intervals overlap, and the test still finds the harm
-            scores(knn=(600, 645)),
-            "Pretraining on these 400 images lowered kNN accuracy on frozen features from "
-            "64.5 % to 60.0 %.",
-        ),
-        (  # z = 1.84
-            scores(knn=(640, 600)),
-            "Pretraining on these 400 images made no difference that 1,000 test images can show: "
-            "for kNN accuracy on frozen features (64.0 % with it, 60.0 % without) no difference "
-            "can be claimed.",
-        ),
-        (
-            scores(knn=(620, 612)),
-            "Pretraining on these 400 images made no difference that 1,000 test images can show: "
-            "for kNN accuracy on frozen features (62.0 % with it, 61.2 % without) no difference "
-            "can be claimed.",
-        ),
-        (
-            {"pretrained": {"knn": Score(900, 1000).as_dict()}, "random": {}},
-            "Pretraining on these 400 images has not been compared with random initialisation on "
-            "equal terms yet.",
-        ),
-    ],
-)
-def test_the_verdict_claims_what_a_test_allows(found: dict[str, Any], expected: str) -> None:
-    said = verdict(measures(found), num_train=400, num_test=1000)
-    assert said.replace("\N{NO-BREAK SPACE}", " ") == expected
-
-
-def test_unequal_fine_tunings_are_not_compared() -> None:
-    found = scores(knn=(500, 500), finetuned_48=(900, 100))
-    found["pretrained"]["finetuned_48"]["epochs"] = 200
-    found["random"]["finetuned_48"]["epochs"] = 100
-    assert [m.outcome for m in measures(found)] == ["open", "missing", "unequal"]
-    assert "fine-tuned" not in verdict(measures(found), num_train=400, num_test=1000)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (5.98, 7.44), (0.0, 2.0), (61.2, 61.3), (3.0, 3.0), (0.0, 0.0)]
-)
 def test_ticks_enclose_what_they_measure(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
