@@ -70,8 +70,3 @@ def test_unequal_fine_tunings_are_not_compared() -> None:
     found["random"]["finetuned_48"]["epochs"] = 100
     assert [m.outcome for m in measures(found)] == ["open", "missing", "unequal"]
     assert "fine-tuned" not in verdict(measures(found), num_train=400, num_test=1000)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (5.98, 7.44), (0.0, 2.0), (61.2, 61.3), (3.0, 3.0), (0.0, 0.0)]
-)

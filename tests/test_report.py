@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastidmm import stages
 from fastidmm.assemble import assemble
+from fastidmm.claims import measures, verdict
 from fastidmm.curves import MOST_POINTS, Series, chart, ticks
 from fastidmm.errors import UsageError
 from fastidmm.pictures import NUM_IMAGES, png, side_of
@@ -308,6 +309,9 @@ def test_a_stage_has_no_report_of_its_own(run: Path) -> None:
         write(run / "finetune-16")
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (5.98, 7.44), (0.0, 2.0), (61.2, 61.3), (3.0, 3.0), (0.0, 0.0)]
+)
 def test_ticks_enclose_what_they_measure(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
