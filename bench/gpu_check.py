@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from fastidmm import assemble, stages
+from fastidmm import assemble
 from fastidmm import train as training
 from fastidmm.batch import Batch
 from fastidmm.optim import update
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
+from fastidmm.run import run_all
 from fastidmm.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def real_run(out: Path, photos: Path) -> dict[str, Any]:
         "run": {"dataset": "photos", "backbone": "deit_tiny", "epochs": 40},
         "finetune": {"epochs": 20},
     }
-    found = stages.run_all(Recipe.of(tables), str(out / "run"))
+    found = run_all(Recipe.of(tables), str(out / "run"))
     metrics = Record(out / "run").metrics()
     return {
         "images": summary.num_train,

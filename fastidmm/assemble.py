@@ -77,6 +77,24 @@ def check_labels(store: Store, name: str) -> None:
         raise DataError(f"{name!r} has one class; a classifier needs at least 2.")
 
 
+def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:
+    """The method a recipe names and its backbone, on the CPU, with its seed's first weights."""
+    run = recipe.run
+    encoder = build_encoder(
+        run.backbone, recipe.backbone, resolution=run.resolution, counters=counters
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(run.seed)
+        method: Method = find("method", run.method)(
+            encoder,
+            recipe.method,
+            resolution=run.resolution,
+            num_rows=len(store),
+            num_classes=store.num_classes,
+        )
+    return method
+
+
 def assemble(record: Record, split: Store | None = None) -> Parts:
     """Everything a recipe names, on the device, with the first weights of its seed.
 
@@ -94,21 +112,11 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
             f"{run.dataset!r} was prepared anew since {record.folder} began; start a new run."
         )
     counters = Counters(run.seed)
-    encoder = build_encoder(
-        run.backbone, recipe.backbone, resolution=run.resolution, counters=counters
-    )
+    method = build_method(recipe, store, counters)
     if run.init:
         source = record.folder / run.init
-        say(load_encoder(encoder, encoder_weights(source), source=str(source)) + ", head new")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        method: Method = find("method", run.method)(
-            encoder,
-            recipe.method,
-            resolution=run.resolution,
-            num_rows=len(store),
-            num_classes=store.num_classes,
-        )
+        loaded = load_encoder(method.backbone, encoder_weights(source), source=str(source))
+        say(f"{loaded}, head new")
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader: Loader = find("loader", run.loader)(
         store, method, counters, batch_size=run.batch_size, dtype=dtype

@@ -190,12 +190,13 @@ def run_all(
 ) -> None:
     """Pretrain, fine-tune, compare with no pretraining, report: fastidmm run --dataset mine."""
     from fastidmm import stages
+    from fastidmm.run import run_all as run_all_stages
 
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, epochs=epochs, batch_size=batch_size,
         resolution=resolution, seed=seed, device=device, precision=precision, exact=exact,
     )  # fmt: skip
-    found = stages.run_all(_recipe(recipe, settings, assignments), run)
+    found = run_all_stages(_recipe(recipe, settings, assignments), run)
     answer(found, as_json, lambda: stages.evaluation_text(found) + f"\n\n{found['report']}")
 
 

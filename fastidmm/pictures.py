@@ -11,13 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastidmm import checkpoint
+from fastidmm.assemble import build_method
 from fastidmm.augment import render
-from fastidmm.backbones.build import build_encoder
 from fastidmm.batch import Method, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.record import Record
-from fastidmm.registry import find
 from fastidmm.store import Store, folder_of, open_store, read_json
 
 NUM_IMAGES = 4
@@ -88,17 +87,7 @@ def planned(record: Record, store: Store, step: int) -> tuple[Method, Plan]:
     newest = checkpoint.newest(record.checkpoints)
     attempt = checkpoint.load(newest)[1]["attempt"] if newest else 0
     counters = Counters(run.seed, attempt)
-    encoder = build_encoder(
-        run.backbone, recipe.backbone, resolution=run.resolution, counters=counters
-    )
-    with torch.random.fork_rng(devices=[]):
-        method: Method = find("method", run.method)(
-            encoder,
-            recipe.method,
-            resolution=run.resolution,
-            num_rows=len(store),
-            num_classes=store.num_classes,
-        )
+    method = build_method(recipe, store, counters)
     plan = draw(
         (store.height, store.width),
         method.views,

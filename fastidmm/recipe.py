@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
 import fastidmm
-from fastidmm.backbones.build import BackboneOptions
+from fastidmm.backbones.build import BackboneOptions, backbone
 from fastidmm.batch import Options
 from fastidmm.errors import UsageError, did_you_mean
 from fastidmm.optim import OptimOptions
-from fastidmm.registry import backbone, find
+from fastidmm.registry import find
 
 Count = Annotated[int, Field(ge=1)]
 Auto = Annotated[int, Field(ge=0)]  # 0 means: chosen when the run starts

@@ -1,12 +1,9 @@
 """Every name a recipe can use, one line each; a part is imported when it is chosen."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastidmm.errors import UsageError, did_you_mean
-
-if TYPE_CHECKING:
-    from fastidmm.backbones.build import Backbone
 
 DATASETS = {
     "demo": "fastidmm.datasets.demo:Demo",
@@ -45,13 +42,3 @@ def find(kind: str, name: str) -> Any:
         raise UsageError(f"unknown {kind} {name!r}: {did_you_mean(name, list(table))}")
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)
-
-
-def backbone(name: str) -> "Backbone":
-    """A registered backbone, or any other of timm's as `timm:NAME`."""
-    if name.startswith("timm:"):
-        any_timm = import_module("fastidmm.backbones.any_timm").any_timm
-        found: Backbone = any_timm(name.removeprefix("timm:"))
-        return found
-    registered: Backbone = find("backbone", name)
-    return registered

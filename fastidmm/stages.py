@@ -33,17 +33,6 @@ def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     return summary(train(record))
 
 
-def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
-    """Pretrain, fine-tune, fine-tune from random weights, evaluate, report."""
-    from fastidmm.report import write
-
-    folder = Path(pretrain(recipe, run)["run"])
-    for pretrained in (True, False):
-        finetune(folder, {}, [], pretrained=pretrained)
-    found = evaluate(folder)
-    return {**found, "report": str(write(folder))}
-
-
 def finetune(
     run: Path, settings: dict[str, Any], assignments: list[str], *, pretrained: bool = True
 ) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from fastidmm.backbones.build import backbone
 from fastidmm.errors import UsageError
-from fastidmm.registry import TABLES, backbone, find
+from fastidmm.registry import TABLES, find
 
 LINES = [(kind, name) for kind, table in TABLES.items() for name in table]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fastidmm.backbones.drop import draw_from_counters
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
+from fastidmm.registry import find
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,15 @@ class Backbone:
     smallest: int = 8  # resolution it can work at, px
     lr: float = 5e-4
     warmup_epochs: int = 2
+
+
+def backbone(name: str) -> Backbone:
+    """A registered backbone, or any other of timm's as `timm:NAME`."""
+    if name.startswith("timm:"):
+        found: Backbone = import_module("fastidmm.backbones.any_timm").any_timm(name[5:])
+    else:
+        found = find("backbone", name)
+    return found
 
 
 class BackboneOptions(Options):
@@ -53,7 +64,6 @@ def build_encoder(
 ) -> Encoder:
     """Build the backbone of that name on the CPU; its first weights are a function of the seed."""
     from fastidmm.backbones.torchvision_ops import make_torchvision_importable
-    from fastidmm.registry import backbone
 
     make_torchvision_importable()
     entry = backbone(name)
@@ -65,11 +75,12 @@ def build_encoder(
             f"{name} needs a resolution that is {rule}, not {resolution}: try --resolution {near}."
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(counters.seed)
+        # The CPU's alone: torch.manual_seed would also reseed every GPU, and leave it so.
+        torch.default_generator.manual_seed(counters.seed)
         return Encoder(entry.build(resolution, options.drop_path), counters)
 
 
-def load_encoder(encoder: Encoder, state: dict[str, Tensor], *, source: str) -> str:
+def load_encoder(encoder: nn.Module, state: dict[str, Tensor], *, source: str) -> str:
     """Load every tensor of a trained backbone, position embeddings resized; say what was loaded.
 
     `state` has the encoder's own names. An incomplete or foreign state is a UsageError.

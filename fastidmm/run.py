@@ -1,0 +1,23 @@
+"""All stages in a row: pretrain, fine-tune with and without pretraining, evaluate, report."""
+
+from pathlib import Path
+from typing import Any
+
+from fastidmm.prepare import prepare
+from fastidmm.progress import say
+from fastidmm.recipe import Recipe
+from fastidmm.registry import find
+from fastidmm.report import write
+from fastidmm.stages import evaluate, finetune, pretrain
+from fastidmm.store import prepared
+
+
+def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
+    """What `evaluate` finds after all stages, and where the report is."""
+    if recipe.run.dataset == "demo" and "demo" not in prepared():
+        for line in prepare(find("dataset", "demo")().open(from_=None, seed=0), "demo").lines():
+            say(line)
+    folder = Path(pretrain(recipe, run)["run"])
+    for pretrained in (True, False):
+        finetune(folder, {}, [], pretrained=pretrained)
+    return {**evaluate(folder), "report": str(write(folder))}
