@@ -94,4 +94,6 @@ class Clock:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; answers go to stdout, this does not."""
-    print(message, file=sys.stderr, flush=True)
+    # On a terminal the line may hold the live progress: it is redrawn below.
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{clear}{message}", file=sys.stderr, flush=True)
