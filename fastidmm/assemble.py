@@ -1,5 +1,6 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ class State:
     strikes: int = 0  # steps skipped close to one another
     last_strike: int = 0
     micro_batches: int = 1
+    skipped: float = 0.0  # steps skipped since the last metric line
     seconds: float = 0.0  # spent training
 
 
@@ -104,6 +106,8 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     device = device_of(run.device)
     dtype = dtype_of(run.precision, device)
     torch.set_num_threads(cpu_threads())
+    if run.exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with it
     torch.use_deterministic_algorithms(run.exact)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.exact
     store = (training_rows(recipe) if split is None else split).to(device)
@@ -124,13 +128,18 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
     parts = Parts(recipe, record, store, method, loader, counters, optimizer, schedule, dtype)
+    if run.micro_batches > 1 and not method.can_be_cut():
+        raise UsageError(
+            f"run.micro_batches = {run.micro_batches}: with {run.method} on {run.backbone} a "
+            "crop's loss depends on the others' (BatchNorm does that, too); leave it out."
+        )
     parts.state.micro_batches = run.micro_batches or _first_guess(parts, device)
     return parts
 
 
 def _first_guess(parts: Parts, device: torch.device) -> int:
     """Micro-batches to begin with: on a GPU one, which grows when memory is short."""
-    if device.type == "cuda" or not parts.method.rows_independent:
+    if device.type == "cuda" or not parts.method.can_be_cut():
         return 1
     crops = sum(g.count for g in parts.method.views)
     images = min(parts.recipe.run.batch_size, len(parts.store))

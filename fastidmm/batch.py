@@ -112,7 +112,7 @@ class Method(nn.Module):
     """A training objective with its own views and heads; the loop knows nothing else of it."""
 
     Options: ClassVar[type[Options]]
-    # Whether the gradient of a batch is the sum of its micro-batches' gradients.
+    # Whether no crop's loss depends on the batch's other crops; see `can_be_cut`.
     rows_independent: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
@@ -136,6 +136,11 @@ class Method(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given: all parameters, decayed alike, unless a method differs."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def can_be_cut(self) -> bool:
+        """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""
+        norms = (nn.modules.batchnorm._BatchNorm,)
+        return self.rows_independent and not any(isinstance(m, norms) for m in self.modules())
 
     def backbone_for_export(self) -> nn.Module:
         """The backbone whose weights a run is for."""

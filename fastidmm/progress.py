@@ -82,8 +82,12 @@ class Clock:
             "images_per_second": round(self.images / spent, 2),
             "data_wait": round(self.waited / spent, 4),
         }
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.restart()
         return rates
+
+    def restart(self) -> None:
+        """Measure from here on: what went before was no training, or is told already."""
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def lap(self) -> float:
         """Seconds since the last lap."""

@@ -26,9 +26,15 @@ def train(record: Record) -> Parts:
         return parts
     if len(parts.store) < parts.recipe.run.batch_size:
         say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
-    with stoppable() as stop:
-        while not run_attempt(parts, stop):
-            roll_back(parts)
+    try:
+        with stoppable() as stop:
+            while not run_attempt(parts, stop):
+                roll_back(parts)
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
+            "what else runs there."
+        ) from None
     return parts
 
 
@@ -38,7 +44,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
     device = parts.store.pixels.device
     every = Cadence.of(parts)
     clock = Clock()
-    skipped_since = torch.zeros((), device=device)
+    skipped_since = torch.full((), state.skipped, device=device)
     if state.step == 0:
         save(parts, clock)
     progress = Progress(
@@ -70,11 +76,13 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
             skipped_since = torch.zeros_like(skipped_since)
             if parts.store.num_classes > 1 and (done or every.due(state.step, every.knn)):
                 line["knn_top1"] = online_knn(parts)
+                clock.restart()
             if strikes(parts, record.log(line), progress):
                 return False
         if done or stop.requested or every.due(state.step, every.checkpoint):
             if strikes(parts, record.flush(), progress):
                 return False
+            state.skipped = float(skipped_since)
             save(parts, clock)
         if stop.requested and not done:
             progress.close()
@@ -99,10 +107,8 @@ def backward(parts: Parts, batch: Batch) -> Loss:
             return _sum(losses)
         except torch.OutOfMemoryError:
             parts.optimizer.zero_grad(set_to_none=True)
-            if not parts.method.rows_independent or parts.state.micro_batches >= batch.num_crops:
-                raise OutOfMemoryError(
-                    "the GPU's memory cannot hold a step: lower --resolution or --batch-size."
-                ) from None
+            if not parts.method.can_be_cut() or parts.state.micro_batches >= batch.num_crops:
+                raise
         losses.clear()
         torch.cuda.empty_cache()
         parts.state.micro_batches *= 2

@@ -14,7 +14,7 @@ from fastidmm import checkpoint, optim, stages
 from fastidmm import train as training
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
-from fastidmm.errors import DataError, Interrupted, NumericalError
+from fastidmm.errors import DataError, Interrupted, NumericalError, UsageError
 from fastidmm.methods.idmm import IDMM
 from fastidmm.recipe import Recipe
 from fastidmm.record import METRICS, Record
@@ -262,3 +262,32 @@ def test_golden_losses(toy: str, backbone: str) -> None:
         path.write_text("".join(f"{loss:.6f}\n" for loss in losses))
     golden = [float(line) for line in path.read_text().split()]
     assert losses == pytest.approx(golden, rel=1e-4)
+
+
+def test_a_skip_before_a_signal_is_not_forgotten(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint between two metric lines holds what the next line must tell."""
+    fail_at(monkeypatch, lambda attempt, step: step == 3)
+    forward = IDMM.forward
+
+    def signalled(self: IDMM, batch: Batch) -> Loss:
+        if batch.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    settings = recipe(log_every=9, knn_every=3, checkpoint_every=3)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(IDMM, "forward", signalled)
+        stages.pretrain(settings, "run")
+    stages.resume(Path("runs/run"))
+    assert [(line["step"], line["skipped"]) for line in Record(Path("runs/run")).metrics()] == [
+        (9, 1)
+    ]
+
+
+def test_batch_norm_is_never_cut(toy: str) -> None:
+    """Its statistics are the whole batch's: asked for, micro-batches are refused."""
+    with pytest.raises(UsageError, match="BatchNorm"):
+        stages.pretrain(recipe(backbone="timm:resnet10t", resolution=32, micro_batches=2), "run")
+    found = stages.pretrain(recipe(backbone="timm:resnet10t", resolution=32, epochs=1), "norm")
+    assert found["steps"] == 3
+    assert checkpoint.load(Path(found["checkpoint"]))[1]["micro_batches"] == 1

@@ -25,6 +25,7 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0:
             return x
         state = self.counters
+        assert len(state.place) == len(x), "say which crops come next: Encoder.set_place"
         words = philox((state.step, state.place, self.block, 0), state.key(Use.DROP))[:, 0]
         keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)
         return x * keep.view(-1, *[1] * (x.ndim - 1))
@@ -42,6 +43,7 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         state, num = self.counters, x[0].numel()
+        assert len(state.place) == len(x), "say which crops come next: Encoder.set_place"
         quads = torch.arange(-(-num // 4), device=x.device)
         counter = (state.step, state.place[:, None], self.block, quads)
         words = philox(counter, state.key(Use.DROP)).flatten(1)[:, :num]
