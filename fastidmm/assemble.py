@@ -1,15 +1,15 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
-import os
 from dataclasses import dataclass, field
 
 import torch
 
+from fastidmm import checkpoint
 from fastidmm.backbones.build import build_encoder, load_encoder
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
-from fastidmm.machine import cpu_threads, device_of, dtype_of
+from fastidmm.machine import dtype_of, set_up
 from fastidmm.optim import Schedule, adamw, lr_schedule
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
@@ -47,11 +47,6 @@ class Parts:
     schedule: Schedule
     dtype: torch.dtype
     state: State = field(default_factory=State)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.recipe.run.epochs * self.loader.steps_per_epoch
 
 
 def training_rows(recipe: Recipe) -> Store:
@@ -103,13 +98,8 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     `split` stands in for the prepared training split: benchmarks make their own.
     """
     recipe, run = record.recipe, record.recipe.run
-    device = device_of(run.device)
+    device = set_up(run.device, exact=run.exact)
     dtype = dtype_of(run.precision, device)
-    torch.set_num_threads(cpu_threads())
-    if run.exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with it
-    torch.use_deterministic_algorithms(run.exact)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.exact
     store = (training_rows(recipe) if split is None else split).to(device)
     if store.fingerprint != record.environment()["train_fingerprint"]:
         raise DataError(
@@ -117,10 +107,10 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
         )
     counters = Counters(run.seed)
     method = build_method(recipe, store, counters)
-    if run.init:
+    if run.init and checkpoint.newest(record.checkpoints) is None:
         source = record.folder / run.init
         loaded = load_encoder(method.backbone, encoder_weights(source), source=str(source))
-        say(f"{loaded}, head new")
+        say(f"{loaded}, head new: from {source.resolve().parent.parent}")
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader: Loader = find("loader", run.loader)(
         store, method, counters, batch_size=run.batch_size, dtype=dtype

@@ -6,23 +6,33 @@ the store, D features.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Range = tuple[float, float]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _rising(area: Range) -> Range:
+    if not 0 < area[0] <= area[1] <= 1:
+        raise ValueError("a share of the area needs 0 < low <= high <= 1")
+    return area
+
+
+Area = Annotated[Range, AfterValidator(_rising)]  # shares of an image's area
 Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Options(BaseModel):
     """A table of a recipe; the class that reads it declares it, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +130,8 @@ class Method(nn.Module):
     views: list[ViewGroup]
     cutmix_groups: int = 1
 
-    def __init__(
-        self, backbone: nn.Module, options: Any, *, resolution: int, num_rows: int, num_classes: int
-    ) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
+        """A subclass takes (backbone, options, *, resolution, num_rows, num_classes)."""
         super().__init__()
         self.backbone = backbone
 

@@ -21,11 +21,13 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: Any) -> Path:
     """Write `folder/step_…` and drop all but the newest two; `tensors` by file name."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / f"step_{step:09d}"
     aside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".step_*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         for name, table in tensors.items():
@@ -37,6 +39,10 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync(folder)
+    except SafetensorError as problem:
+        raise DataError(
+            f"cannot write {aside}: {problem}; free some space, then `fastidmm resume` the run."
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in found(folder)[:-KEPT]:

@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")
 ]
@@ -47,6 +50,7 @@ ExactOption = Annotated[
 RunOption = Annotated[
     str | None, typer.Option("--run", help="A name in ./runs, or a path with a slash.")
 ]
+RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help="The same as --run.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
 ]
@@ -127,6 +131,7 @@ def pretrain(
 
 @app.command()
 def finetune(
+    named: RunArgument = None,
     run: RunOption = None,
     resolution: ResolutionOption = None,
     epochs: EpochsOption = None,
@@ -149,26 +154,27 @@ def finetune(
         resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone, seed=seed,
         device=device, precision=precision, exact=exact,
     )  # fmt: skip
-    folder = _run(run)
+    folder = _run(named or run)
     found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
     answer(found, as_json, lambda: _finished(found, f"fastidmm evaluate --run {folder}"))
 
 
 @app.command()
-def evaluate(run: RunOption = None, as_json: JsonOption = False) -> None:
+def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOption = False) -> None:
     """Score a run on the test split, beside random weights: fastidmm evaluate."""
     from fastidmm import stages
 
-    found = stages.evaluate(_run(run))
+    found = stages.evaluate(_run(named or run))
     answer(found, as_json, lambda: stages.evaluation_text(found))
 
 
 @app.command()
-def report(run: RunOption = None) -> None:
+def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption = False) -> None:
     """Write a run's report.html: fastidmm report --run demo."""
     from fastidmm.report import write
 
-    print(write(_run(run)))
+    path = str(write(_run(named or run)))
+    answer({"report": path}, as_json, path)
 
 
 @app.command("run")
@@ -202,14 +208,14 @@ def run_all(
 
 @app.command()
 def resume(
-    run: Annotated[str | None, typer.Argument(help="A run. [default: the newest]")] = None,
-    named: RunOption = None,
+    named: RunArgument = None,
+    run: RunOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Go on where a run was stopped, to the same bits: fastidmm resume demo."""
     from fastidmm import stages
 
-    found = stages.resume(_run(run or named))
+    found = stages.resume(_run(named or run))
     answer(found, as_json, lambda: "\n".join(_finished(stage, "") for stage in found))
 
 
@@ -238,9 +244,14 @@ def _run(name: str | None) -> Path:
 
 
 def _finished(found: dict[str, Any], following: str) -> str:
-    shown = ("loss", "instance_top1", "train_top1", "knn_top1")
-    numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f}" for k in shown if k in found)
-    first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s, {numbers}"
+    from fastidmm.evaluate import Score
+    from fastidmm.progress import SHOWN
+
+    numbers = [f"{k.replace('_', ' ')} {found[k]:.3f}" for k in SHOWN if k in found]
+    if test := found.get("test_top1"):
+        numbers.append(f"test top1 {Score(test['correct'], test['num'])}")
+    first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
+    first = ", ".join([first, *numbers])
     return "\n".join([first, *([f"next: {following}"] if following else [])])
 
 
@@ -254,8 +265,13 @@ def main() -> None:
         app()
     except FastidmmError as problem:
         _stop(str(problem), problem.status)
-    except KeyboardInterrupt:
-        _stop("stopped.", 75)
+    except MemoryError:
+        _stop("this machine's memory is full: lower --batch-size, or --max-side when preparing.", 5)
+    except RuntimeError as problem:
+        # torch's own class, by name: torch is not imported here.
+        if type(problem).__name__ != "OutOfMemoryError":
+            raise
+        _stop("the GPU's memory is full: lower --resolution, or prepare with --max-side.", 5)
     except OSError as problem:
         if problem.errno not in (
             errno.ENOSPC,
@@ -265,7 +281,7 @@ def main() -> None:
             errno.EROFS,
         ):
             raise
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = problem.errno in FULL
         remedy = "free some space" if full else "check its permissions"
         where = problem.filename or "the disk"
         _stop(

@@ -18,6 +18,8 @@ TEMPERATURE = 0.07
 CROPS_AT_ONCE = 256
 Z = 1.959964  # of a normal distribution, two-sided 5 %
 
+PLAIN = ViewGroup(count=1, size=0, scale=(1.0, 1.0))  # normalisation only: no chance, any size
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -67,9 +69,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(before)
 
 
-def outputs(
-    model: nn.Module, store: Store, *, resolution: int, group: ViewGroup, dtype: torch.dtype
-) -> Tensor:
+def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dtype) -> Tensor:
     """What a model gives for the central crop of every image, in the store's order: (N, D) float32.
 
     The shorter side is resized to 256/224 of the resolution first, as the paper evaluates.
@@ -77,7 +77,7 @@ def outputs(
     device = store.pixels.device
     rows = torch.arange(len(store), device=device)
     parts = []
-    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with evaluating(model):
         for some in rows.split(CROPS_AT_ONCE):
             crops = central_crops(
                 some,
@@ -86,8 +86,11 @@ def outputs(
                 size=resolution,
                 resize=round(resolution * 256 / 224),
             )
-            images = render_plain(store, crops, group)
-            parts.append(model(images.contiguous(memory_format=torch.channels_last)).float())
+            images = render_plain(store, crops, PLAIN)
+            # Around the model only: a resize in bfloat16 would be off by 2/255.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                found = model(images.contiguous(memory_format=torch.channels_last))
+            parts.append(found.float())
     return torch.cat(parts)
 
 

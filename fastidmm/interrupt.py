@@ -22,14 +22,16 @@ def stoppable() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays ignored: that is how nohup and a shell's background jobs are meant.
+    before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        for each in SIGNALS:
-            signal.signal(each, before[each])
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield stop

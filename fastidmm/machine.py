@@ -9,8 +9,27 @@ from fastidmm.errors import UsageError
 
 
 def cpu_threads() -> int:
-    """Threads for one operation on the CPU: all cores but the one that renders the next batch."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, num_cores() - 1)
+    """Threads for one operation on the CPU: one core is left to rendering ahead."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, num_cores() - 1)
+
+
+def set_up(device_name: str, *, exact: bool) -> torch.device:
+    """Make the machine ready for a run, the same for training and evaluation; its device."""
+    device = device_of(device_name)
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are of the current device
+    torch.set_num_threads(cpu_threads())
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    return device
+
+
+def name_of(device: torch.device) -> str:
+    """What a record calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def device_of(name: str) -> torch.device:
@@ -24,7 +43,7 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:NUMBER.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has no such GPU; --device cpu works.")
+        raise UsageError(f"--device {name}: this machine has no such GPU; choose auto or cpu.")
     return device
 
 

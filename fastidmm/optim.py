@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastidmm.batch import Method, Options
 
 Schedule = Callable[[Tensor], Tensor]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimOptions(Options):
@@ -20,8 +21,8 @@ class OptimOptions(Options):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
     schedule: Literal["cosine", "idmm_legacy"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
 
 
 def lr_schedule(options: OptimOptions, *, epochs: int, steps_per_epoch: int) -> Schedule:

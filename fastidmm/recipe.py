@@ -158,20 +158,27 @@ def read_tables(name: str) -> Tables:
 
 def with_settings(tables: Tables, settings: dict[str, Any], assignments: list[str]) -> Tables:
     """Tables changed by flags (`run.epochs` -> value, None meaning not given) and by `--set`."""
-    changed = {name: dict(table) for name, table in tables.items()}
+    changed = {n: dict(t) if isinstance(t, dict) else t for n, t in tables.items()}
     for path, value in settings.items():
         if value is not None:
-            table, _, key = path.partition(".")
-            changed.setdefault(table, {})[key] = value
+            _put(changed, path, value)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        table, dot, key = path.strip().partition(".")
+        _, dot, key = path.strip().partition(".")
         if not (equals and dot and key):
             raise UsageError(
                 f"--set takes TABLE.KEY=VALUE, such as optim.lr=1e-3, not {assignment!r}."
             )
-        changed.setdefault(table, {})[key] = _value(text.strip())
+        _put(changed, path.strip(), _value(text.strip()))
     return changed
+
+
+def _put(tables: Tables, path: str, value: Any) -> None:
+    name, _, key = path.partition(".")
+    table = tables.setdefault(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"[{name}] in the recipe must be a table, not {table!r}.")
+    table[key] = value
 
 
 def _value(text: str) -> Any:

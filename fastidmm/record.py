@@ -5,6 +5,7 @@
 A stage that starts from a run (fine-tuning) is a folder of the same shape inside it.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import platform
 import shutil
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from torch import Tensor
 
 import fastidmm
 from fastidmm import checkpoint
-from fastidmm.errors import UsageError, did_you_mean
-from fastidmm.machine import cpu_threads
+from fastidmm.errors import DataError, UsageError, did_you_mean
+from fastidmm.machine import cpu_threads, device_of, name_of
+from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -50,7 +54,8 @@ class Record:
         aside.mkdir(parents=True)
         try:
             (aside / RECIPE).write_text(recipe.toml())
-            (aside / ENVIRONMENT).write_text(json.dumps(environment(store), indent=2))
+            started = environment(store, device_of(recipe.run.device))
+            (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
             aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -63,8 +68,39 @@ class Record:
 
     def environment(self) -> dict[str, Any]:
         """What the run was started with."""
-        started: dict[str, Any] = json.loads((self.folder / ENVIRONMENT).read_text())
+        path = self.folder / ENVIRONMENT
+        try:
+            started: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as problem:
+            raise DataError(f"{path} cannot be read ({problem}): start a new run.") from None
         return started
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        run = self.recipe.run
+        return run.epochs * num_steps(self.environment()["num_train"], run.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps made, up to the newest checkpoint."""
+        newest = checkpoint.newest(self.checkpoints)
+        return 0 if newest is None else checkpoint.step_of(newest)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made and kept."""
+        return self.steps == self.total_steps
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: a second process that would train it is refused."""
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{self.folder} is being trained by another process.") from None
+            yield
 
     def metrics(self) -> list[dict[str, Any]]:
         """All metric lines written so far; a last line cut short by a kill is left out."""
@@ -72,11 +108,8 @@ class Record:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def log(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """Add a metric line; its tensors are read when the device has come so far.
-
-        Returns the lines that reached the file now.
-        """
+    def log(self, values: dict[str, Any]) -> None:
+        """Add a metric line, for `flush` to write when the device has come so far."""
         on_gpu = any(isinstance(v, Tensor) and v.is_cuda for v in values.values())
         copies = {
             key: value.detach().to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
@@ -86,10 +119,9 @@ class Record:
         if event is not None:
             event.record()
         self._waiting.append((copies, event))
-        return self.flush(wait=False)
 
-    def flush(self, *, wait: bool = True) -> list[dict[str, Any]]:
-        """Write the lines whose numbers are there, or wait for all of them."""
+    def flush(self, *, wait: bool) -> list[dict[str, Any]]:
+        """Write the lines whose numbers are there, or wait for all; returns those written."""
         written = []
         while self._waiting:
             values, event = self._waiting[0]
@@ -119,15 +151,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
-def environment(store: Store) -> dict[str, Any]:
+def environment(store: Store, device: torch.device) -> dict[str, Any]:
     """What a result may depend on besides the recipe."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "fastidmm": fastidmm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "gpu": gpu,
+        "device": name_of(device),
         "threads": cpu_threads(),
         "command": sys.argv,
         "train_fingerprint": store.fingerprint,

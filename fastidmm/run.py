@@ -8,7 +8,7 @@ from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.registry import find
 from fastidmm.report import write
-from fastidmm.stages import evaluate, finetune, pretrain
+from fastidmm.stages import evaluate, finetune, pretrain, scored_splits
 from fastidmm.store import prepared
 
 
@@ -17,6 +17,7 @@ def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     if recipe.run.dataset == "demo" and "demo" not in prepared():
         for line in prepare(find("dataset", "demo")().open(from_=None, seed=0), "demo").lines():
             say(line)
+    scored_splits(recipe)  # what can't be scored is said before the first hour, not after it
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)

@@ -8,29 +8,38 @@ import torch
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.assemble import Parts, check_labels, training_rows
+from fastidmm.assemble import build_method, check_labels, training_rows
 from fastidmm.backbones.build import build_encoder, load_encoder
-from fastidmm.batch import ViewGroup
+from fastidmm.batch import Method
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, outputs, score
-from fastidmm.machine import device_of, dtype_of
-from fastidmm.progress import say
+from fastidmm.machine import device_of, dtype_of, set_up
+from fastidmm.progress import SHOWN, say
 from fastidmm.recipe import Recipe, with_settings
-from fastidmm.record import Record, free_folder, newest_weights, run_folder, stages
-from fastidmm.store import Store, folder_of, open_store
+from fastidmm.record import RECIPE, Record, free_folder, newest_weights, run_folder, stages
+from fastidmm.registry import find
+from fastidmm.store import Store, folder_of, has_split, open_store
 from fastidmm.train import train
 
 EVALUATION = "evaluation.json"
-PLAIN = ViewGroup(count=1, size=0, scale=(1.0, 1.0))  # normalisation only: evaluation has no chance
 
 
 def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """Pretrain a recipe in a new run folder; what came out."""
     stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
     folder = run_folder(run) if run else free_folder(run_folder(stem[:60]))
-    record = Record.create(folder, recipe, training_rows(recipe))
-    return summary(train(record))
+    store = training_rows(recipe)
+    tried(recipe, store)
+    record = Record.create(folder, recipe, store)
+    train(record)
+    return summary(record)
+
+
+def tried(recipe: Recipe, store: Store) -> Method:
+    """The recipe's method, built to see that it can be, before anything is written."""
+    device_of(recipe.run.device)
+    return build_method(recipe, store, Counters(recipe.run.seed))
 
 
 def finetune(
@@ -38,26 +47,28 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a run's backbone, or the same one from random weights, in a stage folder."""
     parent = Record(run)
-    if parent.recipe.run.method == "supervised":
-        raise UsageError(f"{run} is a fine-tuning stage; name the run it is in.")
     wanted = settings.get("run.backbone")
+    if (run.parent / RECIPE).exists():
+        raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
     if wanted not in (None, parent.recipe.run.backbone):
         raise UsageError(f"{run} was trained with {parent.recipe.run.backbone}, not {wanted}.")
+    if any(text.strip().startswith("finetune.") for text in assignments):
+        raise UsageError(
+            "[finetune] is read when a run begins; here, set the stage's own keys: run.epochs, "
+            "run.batch_size, run.resolution, optim.lr."
+        )
+    if pretrained and not parent.finished:
+        raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
     tables = finetune_tables(parent, pretrained=pretrained)
     recipe = Recipe.of(with_settings(tables, settings, assignments))
-    name = f"{'finetune' if pretrained else 'scratch'}-{recipe.run.resolution}"
-    folder = free_folder(run / name)
     store = training_rows(recipe)
+    method = tried(recipe, store)
     if pretrained:
-        # Before anything is written: the checkpoint must be there and fit.
-        fit = build_encoder(
-            recipe.run.backbone,
-            recipe.backbone,
-            resolution=recipe.run.resolution,
-            counters=Counters(recipe.run.seed),
-        )
-        load_encoder(fit, newest_weights(run), source=str(run))
-    return summary(train(Record.create(folder, recipe, store)))
+        load_encoder(method.backbone, newest_weights(run), source=str(run))
+    name = f"{'finetune' if pretrained else 'scratch'}-{recipe.run.resolution}"
+    record = Record.create(free_folder(run / name), recipe, store)
+    train(record)
+    return summary(record)
 
 
 def finetune_tables(parent: Record, *, pretrained: bool) -> dict[str, dict[str, Any]]:
@@ -89,50 +100,63 @@ def finetune_tables(parent: Record, *, pretrained: bool) -> dict[str, dict[str, 
     }
 
 
-def summary(parts: Parts) -> dict[str, Any]:
-    """What a finished stage says of itself."""
-    last = parts.record.metrics()[-1]
-    known = ("loss", "instance_top1", "train_top1", "knn_top1")
-    return {
-        "run": str(parts.record.folder),
-        "dataset": parts.recipe.run.dataset,
-        "backbone": parts.recipe.run.backbone,
-        "method": parts.recipe.run.method,
-        "epochs": parts.recipe.run.epochs,
-        "steps": parts.state.step,
-        "seconds": round(parts.state.seconds, 1),
-        "checkpoint": str(checkpoint.newest(parts.record.checkpoints)),
-        **{key: last[key] for key in known if key in last},
+def summary(record: Record) -> dict[str, Any]:
+    """What a finished stage says of itself; a fine-tuned one with its test accuracy."""
+    recipe, newest = record.recipe, checkpoint.newest(record.checkpoints)
+    last = (record.metrics() or [{}])[-1]
+    seconds = checkpoint.load(newest)[1]["seconds"] if newest else 0.0
+    found = {
+        "run": str(record.folder),
+        "dataset": recipe.run.dataset,
+        "backbone": recipe.run.backbone,
+        "method": recipe.run.method,
+        "epochs": recipe.run.epochs,
+        "steps": record.steps,
+        "seconds": round(seconds, 1),
+        "checkpoint": str(newest),
+        **{key: last[key] for key in SHOWN if key in last},
     }
+    if find("method", recipe.run.method).needs_labels and has_split(recipe.run.dataset, "test"):
+        device = set_up(recipe.run.device, exact=recipe.run.exact)
+        test = open_store(folder_of(recipe.run.dataset), "test").to(device)
+        found["test_top1"] = classifier_score(record, test).as_dict()
+    return found
 
 
 def resume(run: Path) -> list[dict[str, Any]]:
     """Go on with whatever of a run is not finished: itself, then its stages."""
-    return [summary(train(Record(folder))) for folder in (run, *stages(run))]
+    records = [Record(folder) for folder in (run, *stages(run))]
+    for record in records:
+        train(record)
+    return [summary(record) for record in records]
 
 
 def evaluate(run: Path) -> dict[str, Any]:
     """Score a run and its stages on the test split, beside random weights; kept in the folder."""
     record = Record(run)
     recipe = record.recipe
-    store = training_rows(recipe)
-    check_labels(store, recipe.run.dataset)
-    test = open_store(folder_of(recipe.run.dataset), "test")
-    device = device_of(recipe.run.device)
+    store, test = scored_splits(recipe)
+    device = set_up(recipe.run.device, exact=recipe.run.exact)
     store, test = store.to(device), test.to(device)
-    scores: dict[str, Any] = {}
-    weights = newest_weights(run)
-    for arm, state in (("pretrained", weights), ("random", None)):
-        scores[arm] = frozen_scores(recipe, state, store, test)
+    scores: dict[str, Any] = {
+        "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
+        "random": frozen_scores(recipe, None, store, test),
+    }
     for folder in stages(run):
         stage = Record(folder)
-        arm = "pretrained" if stage.recipe.run.init else "random"
+        if not stage.finished:
+            say(f"{folder} is not finished and not scored: `fastidmm resume {run}` goes on.")
+            continue
         key = f"finetuned_{stage.recipe.run.resolution}"
-        scores[arm][key] = classifier_score(stage, test).as_dict()
-        scores[arm][key]["epochs"] = stage.recipe.run.epochs
+        scores["pretrained" if stage.recipe.run.init else "random"][key] = {
+            **classifier_score(stage, test).as_dict(),
+            "epochs": stage.recipe.run.epochs,
+            "stage": folder.name,
+        }
     found = {
         "run": str(run),
         "dataset": recipe.run.dataset,
+        "step": record.steps,
         "num_train": len(store),
         "num_test": len(test),
         "scores": scores,
@@ -141,6 +165,13 @@ def evaluate(run: Path) -> dict[str, Any]:
     aside.write_text(json.dumps(found, indent=2))
     aside.replace(run / EVALUATION)
     return found
+
+
+def scored_splits(recipe: Recipe) -> tuple[Store, Store]:
+    """Training and test split of a recipe's dataset, refused where they cannot be scored."""
+    store = training_rows(recipe)
+    check_labels(store, recipe.run.dataset)
+    return store, open_store(folder_of(recipe.run.dataset), "test")
 
 
 def frozen_scores(
@@ -152,12 +183,11 @@ def frozen_scores(
         run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
     )
     if weights is not None:
-        say(load_encoder(encoder, weights, source="the run's newest checkpoint"))
+        load_encoder(encoder, weights, source="the run's newest checkpoint")
     encoder.to(device)
     dtype = dtype_of(run.precision, device)
     known, asked = (
-        outputs(encoder, split, resolution=run.resolution, group=PLAIN, dtype=dtype)
-        for split in (store, test)
+        outputs(encoder, split, resolution=run.resolution, dtype=dtype) for split in (store, test)
     )
     near = knn(known, store.label, asked, store.num_classes)
     probed = linear_probe(known, store.label, asked, store.num_classes)
@@ -185,7 +215,6 @@ def classifier_score(stage: Record, test: Store) -> Score:
         classifier,
         test,
         resolution=run.resolution,
-        group=PLAIN,
         dtype=dtype_of(run.precision, device),
     )
     return score(logits.argmax(dim=1), test.label)

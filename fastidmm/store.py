@@ -127,6 +127,11 @@ def read_json(folder: Path) -> dict[str, Any]:
     return described
 
 
+def has_split(name: str, split: str) -> bool:
+    """Whether a dataset is prepared and has that split."""
+    return name in prepared() and split in read_json(folder_of(name))["splits"]
+
+
 def open_store(folder: Path, split: str) -> Store:
     """Open one split by memory map; nothing is read but what is touched."""
     from safetensors import SafetensorError

@@ -17,17 +17,17 @@ from fastidmm.record import Record
 MEMORY_OF_STRIKES = 100  # steps
 
 
-def train(record: Record) -> Parts:
+def train(record: Record) -> None:
     """Train what the record's recipe says, from its newest checkpoint, to the end."""
-    parts = assemble(record)
-    restore(parts)
-    if parts.state.step == parts.total_steps:
-        say(f"{record.folder} is finished: {parts.total_steps} steps of {parts.total_steps}.")
-        return parts
-    if len(parts.store) < parts.recipe.run.batch_size:
-        say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
+    if record.finished:
+        say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
+        return
     try:
-        with stoppable() as stop:
+        with record.locked(), stoppable() as stop:
+            parts = assemble(record)
+            restore(parts)
+            if len(parts.store) < parts.recipe.run.batch_size:
+                say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
             while not run_attempt(parts, stop):
                 roll_back(parts)
     except torch.OutOfMemoryError:
@@ -35,7 +35,6 @@ def train(record: Record) -> Parts:
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
             "what else runs there."
         ) from None
-    return parts
 
 
 def run_attempt(parts: Parts, stop: Stop) -> bool:
@@ -48,11 +47,12 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
     if state.step == 0:
         save(parts, clock)
     progress = Progress(
-        record.folder.name, epochs=run.epochs, steps=parts.total_steps, done=state.step
+        record.folder.name, epochs=run.epochs, steps=record.total_steps, done=state.step
     )
     method.train()
     batches = parts.loader.batches(state.step)
-    while state.step < parts.total_steps:
+    total = record.total_steps
+    while state.step < total:
         batch = clock.wait_for(batches)
         parts.counters.step = state.step
         loss = backward(parts, batch)
@@ -61,7 +61,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
         method.after_step(loss.keep, state.step)
         skipped_since = skipped_since + skipped
         state.step += 1
-        done = state.step == parts.total_steps
+        done = state.step == total
         if done or every.due(state.step, every.log) or every.due(state.step, every.knn):
             line = {
                 "epoch": -(-state.step // parts.loader.steps_per_epoch),
@@ -77,11 +77,11 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
             if parts.store.num_classes > 1 and (done or every.due(state.step, every.knn)):
                 line["knn_top1"] = online_knn(parts)
                 clock.restart()
-            if strikes(parts, record.log(line), progress):
-                return False
-        if done or stop.requested or every.due(state.step, every.checkpoint):
-            if strikes(parts, record.flush(), progress):
-                return False
+            record.log(line)
+        keep = done or stop.requested or every.due(state.step, every.checkpoint)
+        if strikes(parts, record.flush(wait=keep), progress):
+            return False
+        if keep:
             state.skipped = float(skipped_since)
             save(parts, clock)
         if stop.requested and not done:
@@ -186,7 +186,6 @@ def online_knn(parts: Parts) -> float:
         parts.method.backbone_for_export(),
         store,
         resolution=run.resolution,
-        group=parts.method.views[0],
         dtype=parts.dtype,
     )
     found = knn(features, store.label, features, store.num_classes, own=True)

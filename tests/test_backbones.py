@@ -231,7 +231,7 @@ def test_a_state_loads_whole() -> None:
     source, target = build("vit_micro"), build("vit_micro", seed=1)
     said = load_encoder(target, source.state_dict(), source="here")
     num = len(source.state_dict())
-    assert said == f"{num} of {num} tensors loaded from here"
+    assert said == f"{num} of {num} tensors"
     for key, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[key], value)
 

@@ -10,11 +10,8 @@ from synthetic import photograph, small_store, store_of
 from torch import Tensor, nn
 
 from fastidmm.augment import render_plain
-from fastidmm.batch import ViewGroup
-from fastidmm.evaluate import Score, evaluating, knn, linear_probe, outputs, score
+from fastidmm.evaluate import PLAIN, Score, evaluating, knn, linear_probe, outputs, score
 from fastidmm.plan import central_crops
-
-GROUP = ViewGroup(count=1, size=32, scale=(1, 1))
 
 
 def clusters(num: int, dims: int, classes: int, seed: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -167,7 +164,7 @@ def test_outputs_come_in_the_stores_order(num: int) -> None:
     """Row by row the central crop: shorter side to 256/224 of the resolution."""
     images = [photograph(16 + r % 5, 18 + r % 7, r) for r in range(num)]
     store, model = store_of(images), Means().train()
-    found = outputs(model, store, resolution=28, group=GROUP, dtype=torch.float32)
+    found = outputs(model, store, resolution=28, dtype=torch.float32)
     assert found.shape == (num, 3) and found.dtype == torch.float32
     assert model.training
     assert sum(shape[0] for shape in model.shapes) == num
@@ -175,7 +172,7 @@ def test_outputs_come_in_the_stores_order(num: int) -> None:
     for row in {0, num // 2, num - 1}:
         one = torch.tensor([row])
         crop = central_crops(one, store.height[one], store.width[one], size=28, resize=32)
-        expected = render_plain(store, crop, GROUP).mean(dim=(2, 3))
+        expected = render_plain(store, crop, PLAIN).mean(dim=(2, 3))
         torch.testing.assert_close(found[one], expected, rtol=1e-4, atol=1e-5)
     assert num == 1 or not torch.allclose(found[0], found[-1], atol=1e-3)
 
@@ -183,10 +180,24 @@ def test_outputs_come_in_the_stores_order(num: int) -> None:
 def test_outputs_follow_the_precision_asked_for() -> None:
     store = small_store(3)
     model = nn.Sequential(Means(), nn.Linear(3, 4))
-    full = outputs(model, store, resolution=28, group=GROUP, dtype=torch.float32)
-    half = outputs(model, store, resolution=28, group=GROUP, dtype=torch.bfloat16)
+    full = outputs(model, store, resolution=28, dtype=torch.float32)
+    half = outputs(model, store, resolution=28, dtype=torch.bfloat16)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half) and torch.allclose(full, half, atol=0.05)
+
+
+def test_crops_are_rendered_in_full_precision_whatever_the_model_computes_in() -> None:
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.mean(dim=(2, 3))
+
+    store = small_store(3)
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs(Seeing(), store, resolution=28, dtype=dtype)
+    assert seen[1].dtype == torch.float32 and torch.equal(seen[0], seen[1])
 
 
 def test_evaluating_restores_the_mode_it_found() -> None:

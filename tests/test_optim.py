@@ -66,7 +66,7 @@ class Line(Method):
     """One linear layer under a smooth loss."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(nn.Identity(), None, resolution=8, num_rows=1, num_classes=1)
+        super().__init__(nn.Identity())
         self.layer = nn.Linear(5, 3, dtype=dtype)
         for number, p in enumerate(self.parameters()):
             values = torch.linspace(-1, 1, p.numel(), dtype=torch.float64) + 0.1 * number

@@ -15,6 +15,7 @@ from fastidmm import train as training
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import DataError, Interrupted, NumericalError, UsageError
+from fastidmm.interrupt import stoppable
 from fastidmm.methods.idmm import IDMM
 from fastidmm.recipe import Recipe
 from fastidmm.record import METRICS, Record
@@ -209,7 +210,7 @@ def test_fine_tuning_takes_the_whole_backbone(toy: str, capsys: pytest.CaptureFi
     found = stages.finetune(
         Path("runs/run"), {"run.resolution": 24, "run.epochs": 2, "run.batch_size": 8}, []
     )
-    assert "54 of 54 tensors loaded" in capsys.readouterr().err
+    assert "54 of 54 tensors, head new" in capsys.readouterr().err
     assert found["run"] == "runs/run/finetune-24" and found["method"] == "supervised"
     scores = stages.evaluate(Path("runs/run"))["scores"]
     assert scores["pretrained"]["finetuned_24"]["num"] == 8
@@ -217,26 +218,82 @@ def test_fine_tuning_takes_the_whole_backbone(toy: str, capsys: pytest.CaptureFi
     assert scores["random"]["knn"]["num"] == 8
 
 
-def test_damaged_checkpoints_are_never_used(toy: str) -> None:
-    stages.pretrain(recipe(), "run")
-    newest = checkpoint.newest(Path("runs/run/checkpoints"))
+def stopped_run(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run killed in its fifth step: its newest checkpoint is of the third."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 4)
+        stages.pretrain(recipe(), "run")
+    return Path("runs/run")
+
+
+def test_damaged_checkpoints_are_never_used(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(monkeypatch)
+    newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
     path = newest / checkpoint.MODEL
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
-        stages.resume(Path("runs/run"))
+        stages.resume(run)
 
 
-def test_a_dataset_prepared_anew_is_noticed(toy: str) -> None:
-    stages.pretrain(recipe(), "run")
-    environment = Path("runs/run/environment.json")
-    environment.write_text(
-        environment.read_text().replace('"train_fingerprint": "', '"train_fingerprint": "0')
-    )
+def test_a_dataset_prepared_anew_is_noticed(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(monkeypatch)
+    path = run / "environment.json"
+    path.write_text(path.read_text().replace('_fingerprint": "', '_fingerprint": "0'))
     with pytest.raises(DataError, match="prepared anew"):
-        stages.resume(Path("runs/run"))
+        stages.resume(run)
+
+
+def test_an_unfinished_run_is_neither_fine_tuned_nor_trained_twice(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(monkeypatch)
+    with pytest.raises(UsageError, match="is not finished: `fastidmm resume"):
+        stages.finetune(run, {"run.resolution": 16, "run.epochs": 1}, [])
+    child = os.fork()
+    if child == 0:
+        with Record(run).locked():
+            (run / "held").touch()
+            time.sleep(60)
+    while not (run / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(UsageError, match="trained by another process"):
+        stages.resume(run)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert stages.resume(run)[0]["steps"] == STEPS  # the lock went with its holder
+
+
+def test_an_unfinished_stage_is_not_scored(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.pretrain(recipe(), "run")
+    settings = {"run.resolution": 16, "run.epochs": 2, "run.batch_size": 8}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 4)
+        stages.finetune(Path("runs/run"), settings, [])
+    assert "finetuned_16" not in stages.evaluate(Path("runs/run"))["scores"]["pretrained"]
+    assert "finetune-16 is not finished and not scored" in capsys.readouterr().err
+    tuned = stages.resume(Path("runs/run"))[1]
+    scored = stages.evaluate(Path("runs/run"))["scores"]["pretrained"]["finetuned_16"]
+    assert tuned["test_top1"]["correct"] == scored["correct"]
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As under nohup: SIGHUP neither stops a run nor is caught."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable() as stop:
+            found = []
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                found.append(stop.requested)
+            assert found == [False, True]
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends it
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_metric_line_cut_short_is_dropped(toy: str) -> None:

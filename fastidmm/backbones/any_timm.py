@@ -5,11 +5,13 @@ from functools import partial
 from torch import nn
 
 from fastidmm.backbones.build import Backbone
+from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.errors import UsageError, did_you_mean
 
 
 def any_timm(name: str) -> Backbone:
     """A backbone made of timm's model of that name."""
+    make_torchvision_importable()
     import timm
 
     known = timm.list_models()

@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastidmm.backbones.drop import draw_from_counters
@@ -38,7 +40,7 @@ def backbone(name: str) -> Backbone:
 class BackboneOptions(Options):
     """The table `[backbone]` of a recipe."""
 
-    drop_path: float = 0.1
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
 
 class Encoder(nn.Module):
@@ -47,7 +49,9 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         super().__init__()
         self.model, self.counters = draw_from_counters(model, counters), counters
-        self.num_features = int(model.num_features)  # type: ignore[arg-type]
+        # Where a head has hidden layers, what comes before the classifier is wider or narrower.
+        width = getattr(model, "head_hidden_size", None) or model.num_features
+        self.num_features = int(width)  # type: ignore[arg-type]
 
     def set_place(self, place: Tensor) -> None:
         """Say which crops of the global batch come next: (C,) int64."""
@@ -81,7 +85,7 @@ def build_encoder(
 
 
 def load_encoder(encoder: nn.Module, state: dict[str, Tensor], *, source: str) -> str:
-    """Load every tensor of a trained backbone, position embeddings resized; say what was loaded.
+    """Load every tensor of a trained backbone, position embeddings resized; say how many.
 
     `state` has the encoder's own names. An incomplete or foreign state is a UsageError.
     """
@@ -94,7 +98,7 @@ def load_encoder(encoder: nn.Module, state: dict[str, Tensor], *, source: str) -
             f"(it holds {len(state)}). Name the backbone it was trained with."
         )
     encoder.load_state_dict(state)
-    return f"{len(fits)} of {len(own)} tensors loaded from {source}"
+    return f"{len(fits)} of {len(own)} tensors"
 
 
 def _fit(name: str, tensor: Tensor, own: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ class Resident:
         steps = itertools.count(start_step)
         if self.store.pixels.is_cuda:
             yield from map(self.batch, steps)
-        # On a CPU one core renders the next batch while the others train on this one.
+        # On a CPU a thread renders the next batch while the others train on this one.
         with ThreadPoolExecutor(max_workers=1) as renderer:
             coming = renderer.submit(self.batch, next(steps))
             for step in steps:

@@ -3,16 +3,21 @@
 Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 2022.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import nn
 
 from fastidmm.batch import (
     IMAGENET_STD,
+    Area,
     Batch,
     Loss,
     Method,
     Options,
     Range,
+    Share,
     ViewGroup,
     forward_groups,
 )
@@ -22,15 +27,17 @@ from fastidmm.kernels.instance_loss import instance_loss
 class IDMMOptions(Options):
     """The paper's settings; `official` as a recipe has those of the published code."""
 
-    smoothing: float = 0.1
-    num_large: int = 2
-    num_small: int = 4
-    large_scale: Range = (0.14, 1.0)
-    small_scale: Range = (0.05, 0.4)
+    smoothing: Share = 0.1
+    num_large: Annotated[int, Field(ge=1)] = 2
+    num_small: Annotated[int, Field(ge=0)] = 4
+    large_scale: Area = (0.14, 1.0)
+    small_scale: Area = (0.05, 0.4)
     cutmix: bool = True
-    cutmix_alpha: float = 0.5
+    cutmix_alpha: Annotated[float, Field(gt=0)] = 0.5
     # The published runs mix within each of 4 GPUs; here it is the recipe's own number.
-    cutmix_groups: int = 4
+    cutmix_groups: Annotated[int, Field(ge=1)] = 4
+    # Of blur, in px of the crop: the paper's, at its 112 px.
+    sigma: Range = (0.1, 2.0)
     std: tuple[float, float, float] = IMAGENET_STD
 
 
@@ -42,7 +49,7 @@ class IDMM(Method):
     def __init__(
         self, backbone: nn.Module, options: IDMMOptions, *, resolution: int, num_rows: int, **_: int
     ) -> None:
-        super().__init__(backbone, options, resolution=resolution, num_rows=num_rows, num_classes=0)
+        super().__init__(backbone)
         self.smoothing = options.smoothing
         self.cutmix_groups = options.cutmix_groups
         self.head = nn.Linear(int(backbone.num_features), num_rows)  # type: ignore[arg-type]
@@ -66,6 +73,7 @@ class IDMM(Method):
             hue=(-0.2, 0.2),
             gray=0.2,
             blur=0.5,
+            sigma=options.sigma,
             std=options.std,
             mix="cutmix" if options.cutmix else "none",
             alpha=options.cutmix_alpha,

@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from fastidmm.batch import Batch, Loss, Method, Options, Range, ViewGroup, forward_groups
+from fastidmm.batch import Area, Batch, Loss, Method, Options, Share, ViewGroup, forward_groups
 from fastidmm.kernels.instance_loss import instance_loss
 
 
 class SupervisedOptions(Options):
     """Settings of fine-tuning in its simplest form."""
 
-    smoothing: float = 0.1
-    scale: Range = (0.08, 1.0)
+    smoothing: Share = 0.1
+    scale: Area = (0.08, 1.0)
 
 
 class Supervised(Method):
@@ -30,7 +30,7 @@ class Supervised(Method):
         num_classes: int,
         **_: int,
     ) -> None:
-        super().__init__(backbone, options, resolution=resolution, num_rows=0, num_classes=0)
+        super().__init__(backbone)
         self.smoothing = options.smoothing
         self.head = nn.Linear(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
         nn.init.trunc_normal_(self.head.weight, std=0.02)
