@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich for its boxes doubles the time to it
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,7 +77,10 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode photographs once: fastidmm prepare --dataset folder --from ~/photos --name mine."""
+    """Decode photographs once.
+
+    Example: fastidmm prepare --dataset folder --from ~/photos --name mine
+    """
     from fastidmm.prepare import prepare as run
     from fastidmm.registry import find
 
@@ -117,7 +121,10 @@ def pretrain(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Learn from the images alone: fastidmm pretrain --backbone pvtv2_b3."""
+    """Learn from the images alone.
+
+    Example: fastidmm pretrain --backbone pvtv2_b3
+    """
     from fastidmm import stages
 
     settings = recipe_settings(
@@ -147,7 +154,10 @@ def finetune(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Learn the classes from a pretrained backbone: fastidmm finetune --resolution 224."""
+    """Learn the classes from a pretrained backbone.
+
+    Example: fastidmm finetune --resolution 224
+    """
     from fastidmm import stages
 
     settings = recipe_settings(
@@ -161,7 +171,10 @@ def finetune(
 
 @app.command()
 def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOption = False) -> None:
-    """Score a run on the test split, beside random weights: fastidmm evaluate."""
+    """Score a run on the test split, beside random weights.
+
+    Example: fastidmm evaluate
+    """
     from fastidmm import stages
 
     found = stages.evaluate(_run(named or run))
@@ -170,7 +183,10 @@ def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOpti
 
 @app.command()
 def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption = False) -> None:
-    """Write a run's report.html: fastidmm report --run demo."""
+    """Write a run's report.html.
+
+    Example: fastidmm report --run demo
+    """
     from fastidmm.report import write
 
     path = str(write(_run(named or run)))
@@ -194,7 +210,10 @@ def run_all(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Pretrain, fine-tune, compare with no pretraining, report: fastidmm run --dataset mine."""
+    """Pretrain, fine-tune, compare with no pretraining, report.
+
+    Example: fastidmm run --dataset mine
+    """
     from fastidmm import stages
     from fastidmm.run import run_all as run_all_stages
 
@@ -212,7 +231,10 @@ def resume(
     run: RunOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on where a run was stopped, to the same bits: fastidmm resume demo."""
+    """Go on where a run was stopped, to the same bits.
+
+    Example: fastidmm resume demo
+    """
     from fastidmm import stages
 
     found = stages.resume(_run(named or run))

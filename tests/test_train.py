@@ -22,6 +22,8 @@ from fastidmm.record import METRICS, Record
 
 STEPS = 9  # 20 images in batches of 8: 8, 8, 4; three epochs
 GOLDEN = Path(__file__).parent / "golden"
+# From Python 3.12 on, forking a process that has threads warns; torch's idle ones are no danger.
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -99,6 +101,7 @@ def test_resuming_mid_epoch_after_a_signal(toy: str, monkeypatch: pytest.MonkeyP
     assert_same("stopped", "whole")
 
 
+@FORKS
 def test_kill_9_at_any_time(toy: str) -> None:
     """A real SIGKILL, six times in one run, wherever it hits; then the rest is the same."""
     stages.pretrain(recipe(), "whole")
@@ -246,6 +249,7 @@ def test_a_dataset_prepared_anew_is_noticed(toy: str, monkeypatch: pytest.Monkey
         stages.resume(run)
 
 
+@FORKS
 def test_an_unfinished_run_is_neither_fine_tuned_nor_trained_twice(
     toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
