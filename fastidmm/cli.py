@@ -238,7 +238,10 @@ def resume(
     from fastidmm import stages
 
     found = stages.resume(_run(named or run))
-    answer(found, as_json, lambda: "\n".join(_finished(stage, "") for stage in found))
+    following = "evaluate" if len(found) > 1 else "finetune"
+    lines = [_finished(stage, "") for stage in found]
+    lines.append(f"next: fastidmm {following} --run {found[0]['run']}")
+    answer(found, as_json, "\n".join(lines))
 
 
 @app.command("list")

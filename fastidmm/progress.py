@@ -61,7 +61,10 @@ def _clock(seconds: float) -> str:
 
 
 class Clock:
-    """Images per second, and the share of time spent waiting for data, since last asked."""
+    """Images per second, and the share of time spent waiting for data, since last asked.
+
+    On a GPU the wait is the host's, to launch the views; the device's stall is the benchmark's.
+    """
 
     def __init__(self) -> None:
         self.images, self.waited = 0, 0.0

@@ -167,8 +167,9 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     assert status == 2 and "optim.lr" in sentence(err)
     status, _, err = typed("finetune", "--run", "mime")
     assert status == 2 and "did you mean 'mine'" in sentence(err)
-    status, _, err = typed("resume", "mine")
+    status, out, err = typed("resume", "mine")
     assert status == 0 and "is finished" in err
+    assert out.splitlines()[-1] == "next: fastidmm finetune --run runs/mine"
 
 
 def test_no_runs_yet(typed: Type, toy: str) -> None:
