@@ -82,9 +82,9 @@ class Recipe(BaseModel):
                 f"optim.warmup_epochs is {optim.warmup_epochs:g}, more than the {run.epochs} "
                 "epochs of the run: lower it or leave it out."
             )
-        # Ten looks at the features and twenty checkpoints a run, unless told otherwise.
+        # Up to ten looks at the features and twenty checkpoints a run, unless told otherwise.
         cadence = {
-            "knn_every": run.knn_every or -(-run.epochs // 10),
+            "knn_every": run.knn_every or max(2, -(-run.epochs // 10)),
             "checkpoint_every": run.checkpoint_every or -(-run.epochs // 20),
         }
         settled = {

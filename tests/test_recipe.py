@@ -50,7 +50,7 @@ def test_the_backbone_settles_what_is_unset() -> None:
     assert (recipe.optim.lr, recipe.optim.warmup_epochs) == (1e-3, 10)
     short = Recipe.of({"run": {"dataset": "demo", "backbone": "pvtv2_b3", "epochs": 8}})
     assert short.optim.warmup_epochs == 2
-    assert (short.run.knn_every, short.run.checkpoint_every) == (1, 1)
+    assert (short.run.knn_every, short.run.checkpoint_every) == (2, 1)
 
 
 @pytest.mark.parametrize(
