@@ -26,7 +26,10 @@ def train(record: Record) -> None:
         with record.locked(), stoppable() as stop:
             parts = assemble(record)
             restore(parts)
-            if len(parts.store) < parts.recipe.run.batch_size:
+            run = parts.recipe.run
+            if run.num_images:
+                say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
+            if len(parts.store) < run.batch_size:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
             while not run_attempt(parts, stop):
                 roll_back(parts)

@@ -89,6 +89,12 @@ def test_run_does_it_all(typed: Type, toy: str) -> None:
     assert out.strip().splitlines()[-1] == "runs/all/report.html"
 
 
+def test_a_part_of_the_images_is_taken_by_class_and_said(typed: Type, toy: str) -> None:
+    status, out, err = typed("pretrain", *TINY, "--set", "run.num_images=6", "--json")
+    assert status == 0 and "training on 6 images, chosen by class and seed 0." in err
+    assert json.loads(out)["steps"] == 1
+
+
 def test_timms_models_are_found_by_a_fresh_process(toy: str) -> None:
     """Elsewhere in this process torchvision was made importable already."""
     words = [*TINY[2:], "--backbone", "timm:vit_tiny_patch16_224", "--run", "timm"]
