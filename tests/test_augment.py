@@ -12,7 +12,7 @@ from synthetic import Photograph, photograph, small_store, store_of
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from fastidmm import augment
+from fastidmm import augment, colour
 from fastidmm.batch import IMAGENET_MEAN, IMAGENET_STD, Interpolation, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import Crops, GroupPlan, central_crops, crops_of_boxes, draw
@@ -109,7 +109,7 @@ def test_evaluation_is_resize_and_center_crop(high: int, wide: int, size: int, r
     pillow = tensor_of(functional.center_crop(resized, size))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.allclose(
-        augment.normalise(pillow, group), functional.normalize(pillow, IMAGENET_MEAN, IMAGENET_STD)
+        colour.normalise(pillow, group), functional.normalize(pillow, IMAGENET_MEAN, IMAGENET_STD)
     )
     agree(ours * std + mean, pillow)
 
@@ -124,7 +124,7 @@ def image(request: pytest.FixtureRequest) -> Image.Image:
 
 
 def test_flip_mirrors(image: Image.Image) -> None:
-    assert torch.equal(augment.flip(tensor_of(image)), tensor_of(functional.hflip(image)))
+    assert torch.equal(colour.flip(tensor_of(image)), tensor_of(functional.hflip(image)))
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.7, 1.0, 1.8])
@@ -135,14 +135,14 @@ def test_blends_are_pillows(image: Image.Image, factor: float) -> None:
         functional.adjust_saturation,
     )
     for operation, theirs in enumerate(adjust):
-        ours = augment.blend(tensor_of(image), torch.tensor([operation]), one(factor))
+        ours = colour.blend(tensor_of(image), torch.tensor([operation]), one(factor))
         agree(ours, tensor_of(theirs(image, factor)))
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.07, 0.2])
 def test_hue_is_torchvisions_in_float(image: Image.Image, turns: float) -> None:
     x = tensor_of(image)
-    ours = augment.shift_hue(x, one(turns))
+    ours = colour.shift_hue(x, one(turns))
     theirs = functional.adjust_hue(x, turns)
     agree(ours, theirs)
     assert float((ours - theirs).abs().max()) < 1e-4
@@ -151,20 +151,20 @@ def test_hue_is_torchvisions_in_float(image: Image.Image, turns: float) -> None:
 
 def test_hue_keeps_grays_and_turns_primaries() -> None:
     x = torch.tensor([[0.5, 0.5, 0.5], [0, 0, 0], [1, 0, 0], [0, 0.5, 1]])[:, :, None, None]
-    turned = augment.shift_hue(x, torch.full((4,), 1 / 3))[:, :, 0, 0]
+    turned = colour.shift_hue(x, torch.full((4,), 1 / 3))[:, :, 0, 0]
     expected = torch.tensor([[0.5, 0.5, 0.5], [0, 0, 0], [0, 1, 0], [1, 0, 0.5]])
     assert torch.allclose(turned, expected, atol=1e-6)
 
 
 def test_gray_is_pillows(image: Image.Image) -> None:
-    agree(augment.grayscale(tensor_of(image)), tensor_of(functional.to_grayscale(image, 3)))
+    agree(colour.grayscale(tensor_of(image)), tensor_of(functional.to_grayscale(image, 3)))
 
 
 def test_solarize_is_pillows(image: Image.Image) -> None:
-    ours = augment.solarize(tensor_of(image))
+    ours = colour.solarize(tensor_of(image))
     assert torch.allclose(ours, tensor_of(functional.solarize(image, 128)), atol=1e-6)
     levels = torch.arange(256.0).mul(1 / 255).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    inverted = (augment.solarize(levels) != levels)[0, 0].flatten()
+    inverted = (colour.solarize(levels) != levels)[0, 0].flatten()
     assert inverted.nonzero()[:, 0].tolist() == list(range(128, 256))
 
 
@@ -172,7 +172,7 @@ def test_solarize_is_pillows(image: Image.Image) -> None:
 @pytest.mark.parametrize("sigma", [0.1, 0.33, 1.0, 2.0])
 def test_blur_is_a_gaussian(size: int, sigma: float) -> None:
     x = tensor_of(photograph(size, size, seed=6))
-    ours = augment.blur(x.repeat(2, 1, 1, 1), torch.tensor([sigma, 0.5]), radius=8)[:1]
+    ours = colour.blur(x.repeat(2, 1, 1, 1), torch.tensor([sigma, 0.5]), radius=8)[:1]
     exact = x.double().numpy()
     for axis in (2, 3):
         exact = gaussian_filter1d(exact, sigma, axis=axis, mode="nearest", truncate=6)
@@ -187,7 +187,7 @@ def test_jitter_follows_the_drawn_order(order: tuple[int, ...]) -> None:
     """Each operation at its place, contrast's mean taken there: torchvision's own, one by one."""
     factors = (0.6, 1.7, 1.4, 0.13)
     x = tensor_of(photograph(37, 53, seed=7))
-    ours = augment.jitter(x.clone(), torch.tensor([order]), torch.tensor([factors]))
+    ours = colour.jitter(x.clone(), torch.tensor([order]), torch.tensor([factors]))
     adjust = (
         functional.adjust_brightness,
         functional.adjust_contrast,
@@ -259,7 +259,7 @@ def test_the_way_of_a_gpu_gives_the_same_views(monkeypatch: pytest.MonkeyPatch) 
     central = central_crops(torch.arange(20), *sides, size=32, resize=37)
     ways = []
     for gpu in (False, True):
-        monkeypatch.setattr(augment, "on_gpu", lambda x, gpu=gpu: gpu)
+        monkeypatch.setattr(colour, "on_gpu", lambda x, gpu=gpu: gpu)
         views = augment.render(store, plan, CHAIN)
         ways.append((views, augment.render_plain(store, central, CHAIN)))
     for cpu, gpu_way in zip(*ways, strict=True):
