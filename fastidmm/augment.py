@@ -1,8 +1,9 @@
 """Carry out a plan: uint8 pixels of a store in, finished views out.
 
 Plain PyTorch on any device, and the definition that faster renderers must meet. Order: resized
-crop, flip, colour jitter, gray, blur, solarize, normalise, CutMix. Values are in [0, 1], clamped
-after each colour operation and never rounded to 8 bits.
+crop, colour jitter, gray, blur, solarize, RandAugment, flip, normalise, mixing. Values are in
+[0, 1], clamped after each colour operation and never rounded to 8 bits, but by those operations of
+RandAugment that are tables of 256 levels.
 
 A GPU is never asked for a size: windows are padded to the store's largest image there. On a CPU
 sizes are known, so crops are cut one by one, and only the crops that an operation concerns are
@@ -10,14 +11,15 @@ touched. Both give the same numbers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from fastidmm import colour
-from fastidmm.batch import ViewGroup
+from fastidmm.batch import Mix, ViewGroup
 from fastidmm.plan import Crops, GroupPlan
+from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
 
 CPU_CHUNK = 32  # crops; keeps a chunk's intermediates in the cache
@@ -32,7 +34,7 @@ def render(store: Store, plan: GroupPlan, group: ViewGroup) -> Tensor:
     )
     for part in _chunks(store, crops):
         pixels[part] = _colour(_resized(store, crops, part), plan, part, group)
-    return pixels if group.mix == "none" else cutmix(pixels, plan)
+    return MIXES[plan.mix](pixels, plan)
 
 
 def render_plain(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
@@ -50,8 +52,7 @@ def _chunks(store: Store, crops: Crops) -> Iterator[slice]:
 
 
 def _colour(x: Tensor, plan: GroupPlan, part: slice, group: ViewGroup) -> Tensor:
-    """Flip, jitter, gray, blur, solarize and normalise one chunk of crops."""
-    x = colour.where(plan.flip[part], x, colour.flip)
+    """Jitter, gray, blur, solarize, RandAugment, flip and normalise one chunk of crops."""
     if group.jitter:
         x = colour.where(plan.jitter[part], x, colour.jitter, plan.order[part], plan.factors[part])
     if group.gray:
@@ -64,6 +65,10 @@ def _colour(x: Tensor, plan: GroupPlan, part: slice, group: ViewGroup) -> Tensor
         )
     if group.solarize:
         x = colour.where(plan.solarize[part], x, colour.solarize)
+    if group.randaugment:
+        drawn = (plan.operation, plan.level, plan.negative, plan.spot)
+        x = randaugment(x, *(each[part] for each in drawn))
+    x = colour.where(plan.flip[part], x, colour.flip)
     return colour.normalise(x, group)
 
 
@@ -170,3 +175,16 @@ def cutmix(x: Tensor, plan: GroupPlan) -> Tensor:
     across = (place >= left) & (place < right)
     inside = down[:, None, :, None] & across[:, None, None, :]
     return torch.where(inside, x[plan.partner], x)
+
+
+def mixup(x: Tensor, plan: GroupPlan) -> Tensor:
+    """Blend each crop with its partner, both finished: (C, 3, S, S)."""
+    weight = plan.weight[:, None, None, None]
+    return weight * x + (1 - weight) * x[plan.partner]
+
+
+MIXES: dict[Mix, Callable[[Tensor, GroupPlan], Tensor]] = {
+    "none": lambda x, plan: x,
+    "cutmix": cutmix,
+    "mixup": mixup,
+}

@@ -16,6 +16,7 @@ from fastidmm import augment, colour
 from fastidmm.batch import IMAGENET_MEAN, IMAGENET_STD, Interpolation, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import Crops, GroupPlan, central_crops, crops_of_boxes, draw
+from fastidmm.randaugment import FAMILIES, NONE, OPERATIONS, randaugment
 from fastidmm.store import Store
 
 MODES: dict[Interpolation, InterpolationMode] = {
@@ -36,6 +37,7 @@ CHAIN = ViewGroup(
     gray=0.2,
     blur=0.5,
     solarize=0.3,
+    randaugment=2,
     mix="cutmix",
 )
 
@@ -206,10 +208,19 @@ def drawn(store: Store, group: ViewGroup = CHAIN) -> GroupPlan:
     return plan.groups[0]
 
 
+def randaugmented(x: Tensor, plan: GroupPlan, i: int) -> Tensor:
+    """RandAugment's operations of one crop; test_randaugment.py holds them against Pillow's."""
+    drawn = plan.operation, plan.level, plan.negative, plan.spot
+    return randaugment(x.clone(), *(each[i : i + 1] for each in drawn))
+
+
 def test_render_does_the_whole_chain_in_order() -> None:
     """Every crop by torchvision's operations on floats, in the published order."""
     store, group = small_store(9), replace(CHAIN, mix="none")
     plan = drawn(store, group)
+    # Those that are tables round: a last bit before them can move many pixels by a level.
+    tables = torch.isin(plan.operation, torch.tensor([OPERATIONS.index(n) for n in FAMILIES[0][0]]))
+    plan = replace(plan, operation=torch.where(tables, NONE, plan.operation))
     ours = augment.render(store, plan, group)
     for i in range(27):
         crops = Crops(
@@ -221,7 +232,6 @@ def test_render_does_the_whole_chain_in_order() -> None:
             group.interpolation,
         )
         x = augment.render_plain(store, crops, PLAIN)
-        x = functional.hflip(x) if plan.flip[i] else x
         if plan.jitter[i]:
             for operation in plan.order[i].tolist():
                 name = ("brightness", "contrast", "saturation", "hue")[operation]
@@ -236,6 +246,8 @@ def test_render_does_the_whole_chain_in_order() -> None:
                 )
             x = torch.from_numpy(blurred).float()
         x = torch.where(x >= 128 / 255, 1 - x, x) if plan.solarize[i] else x
+        x = randaugmented(x, plan, i)
+        x = functional.hflip(x) if plan.flip[i] else x
         x = functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
         # A value beside the threshold of solarize may fall on its other side.
         apart = ((ours[i] - x[0]).abs() > 0.01).float().mean()
@@ -295,9 +307,20 @@ def test_cutmix_by_hand() -> None:
 def test_render_mixes_finished_crops() -> None:
     store = small_store(6)
     plan = drawn(store)
-    alone = augment.render(store, plan, replace(CHAIN, mix="none"))
+    alone = augment.render(store, replace(plan, mix="none"), CHAIN)
     mixed = augment.render(store, plan, CHAIN)
     for i, (top, left, bottom, right) in enumerate(plan.box.tolist()):
         expected = alone[i].clone()
         expected[:, top:bottom, left:right] = alone[plan.partner[i], :, top:bottom, left:right]
         assert torch.equal(mixed[i], expected)
+
+
+def test_mixup_blends_finished_crops() -> None:
+    store, group = small_store(6), replace(CHAIN, mix="mixup")
+    plan = drawn(store, group)
+    alone = augment.render(store, replace(plan, mix="none"), group).double()
+    mixed = augment.render(store, plan, group)
+    assert bool((plan.weight < 1).any())
+    for i, weight in enumerate(plan.weight.double()):
+        expected = weight * alone[i] + (1 - weight) * alone[plan.partner[i]]
+        assert float((mixed[i] - expected).abs().max()) < 1e-5
