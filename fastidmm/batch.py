@@ -153,6 +153,10 @@ class Method(nn.Module):
         norms = (nn.modules.batchnorm._BatchNorm,)
         return self.rows_independent and not any(isinstance(m, norms) for m in self.modules())
 
+    def classifier(self) -> nn.Module | None:
+        """Images to logits of the classes, from a method that learns them."""
+        return None
+
     def backbone_for_export(self) -> nn.Module:
         """The backbone whose weights a run is for."""
         return self.backbone

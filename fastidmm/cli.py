@@ -45,6 +45,10 @@ ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a cro
 SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+HoldoutOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),
+]
 ExactOption = Annotated[
     bool | None, typer.Option("--exact/--no-exact", help="The same bits every time, slower.")
 ]
@@ -117,6 +121,7 @@ def pretrain(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -130,7 +135,7 @@ def pretrain(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact,
+        precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     found = stages.pretrain(_recipe(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -148,6 +153,7 @@ def finetune(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
@@ -162,7 +168,7 @@ def finetune(
 
     settings = recipe_settings(
         resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone, seed=seed,
-        device=device, precision=precision, exact=exact,
+        device=device, precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
     found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
@@ -175,10 +181,10 @@ def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOpti
 
     Example: fastidmm evaluate
     """
-    from fastidmm import stages
+    from fastidmm import scoring
 
-    found = stages.evaluate(_run(named or run))
-    answer(found, as_json, lambda: stages.evaluation_text(found))
+    found = scoring.evaluate(_run(named or run))
+    answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 
 @app.command()
@@ -206,6 +212,7 @@ def run_all(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -214,15 +221,16 @@ def run_all(
 
     Example: fastidmm run --dataset mine
     """
-    from fastidmm import stages
+    from fastidmm import scoring
     from fastidmm.run import run_all as run_all_stages
 
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, epochs=epochs, batch_size=batch_size,
         resolution=resolution, seed=seed, device=device, precision=precision, exact=exact,
+        holdout=holdout,
     )  # fmt: skip
     found = run_all_stages(_recipe(recipe, settings, assignments), run)
-    answer(found, as_json, lambda: stages.evaluation_text(found) + f"\n\n{found['report']}")
+    answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")
 
 
 @app.command()
@@ -272,9 +280,14 @@ def _finished(found: dict[str, Any], following: str) -> str:
     from fastidmm.evaluate import Score
     from fastidmm.progress import SHOWN
 
-    numbers = [f"{k.replace('_', ' ')} {found[k]:.3f}" for k in SHOWN if k in found]
-    if test := found.get("test_top1"):
-        numbers.append(f"test top1 {Score(test['correct'], test['num'])}")
+    shown = {k: found[k] for k in SHOWN if isinstance(found.get(k), float)}
+    numbers = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in shown.items()]
+    for split in ("holdout", "test"):
+        if last := found.get(f"{split}_top1"):
+            numbers.append(f"{split} top1 {Score(last['correct'], last['num'])}")
+            if (best := found[f"best_{split}_top1"])["of"] > 1:
+                share = f"{100 * best['value']:.1f} % in epoch {best['epoch']}"
+                numbers.append(f"best {share}, selected on {split} images")
     first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
     first = ", ".join([first, *numbers])
     return "\n".join([first, *([f"next: {following}"] if following else [])])
