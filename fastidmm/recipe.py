@@ -111,13 +111,16 @@ class Recipe(BaseModel):
             if optim.warmup_epochs is None
             else optim.warmup_epochs,
         }
+        finetune = _checked("finetune", FinetuneOptions, tables)
+        high = _checked("finetune_high", FinetuneHighOptions, tables)
+        twice = {"resolution": high.resolution or 2 * finetune.resolution}
         return cls(
             run=run.model_copy(update=cadence),
             optim=optim.model_copy(update=settled),
             backbone=_checked("backbone", BackboneOptions, tables),
             method=_checked("method", method.Options, tables),
-            finetune=_checked("finetune", FinetuneOptions, tables),
-            finetune_high=_checked("finetune_high", FinetuneHighOptions, tables),
+            finetune=finetune,
+            finetune_high=high.model_copy(update=twice),
             supervised=_checked("supervised", find("method", "supervised").Options, tables),
         )
 

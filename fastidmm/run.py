@@ -23,6 +23,5 @@ def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)
     if recipe.finetune_high.epochs:
-        high = recipe.finetune_high.resolution or 2 * recipe.finetune.resolution
-        finetune(folder, {"run.resolution": high}, [])
+        finetune(folder, {"run.resolution": recipe.finetune_high.resolution}, [])
     return {**evaluate(folder), "report": str(write(folder))}

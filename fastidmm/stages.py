@@ -102,7 +102,6 @@ def high_tables(start: Record) -> Tables:
     old, run = start.recipe, Record(start.folder.parent).recipe
     settings = run.finetune_high.model_dump(exclude_none=True)
     lr = settings.pop("lr", backbone(old.run.backbone).lr_high)
-    settings["resolution"] = settings["resolution"] or 2 * old.run.resolution
     settings["init"] = os.path.join("..", os.path.relpath(start.result, start.folder.parent))
     return _stage_tables(old, {**settings, "init_head": True}, lr, old.method)
 
