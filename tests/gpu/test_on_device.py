@@ -1,6 +1,7 @@
 """What only a GPU can show: plans and views equal to the CPU's, steps that never wait."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastidmm.augment import render
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import GroupPlan, draw
+from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
 
 pytestmark = [
@@ -19,6 +21,7 @@ GROUP = ViewGroup(
     count=2, size=33, scale=(0.05, 1.0), jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
     saturation=(0.2, 1.8), hue=(-0.2, 0.2), gray=0.2, blur=0.5, solarize=0.2, mix="cutmix",
 )  # fmt: skip
+TUNING = replace(GROUP, interpolation="bicubic", randaugment=2, mix="alternate")
 
 
 def store(num: int = 37) -> Store:
@@ -32,10 +35,10 @@ def store(num: int = 37) -> Store:
     return Store(pixels, length.cumsum(0) - length, height, width, label, ("one",), "noise")
 
 
-def plan(photos: Store, step: int) -> GroupPlan:
+def plan(photos: Store, step: int, group: ViewGroup = GROUP) -> GroupPlan:
     """One group's plan, drawn where the store lies."""
     sizes = (photos.height, photos.width)
-    return draw(sizes, [GROUP], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
+    return draw(sizes, [group], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
 
 
 def tensors(thing: object) -> dict[str, torch.Tensor]:
@@ -50,10 +53,12 @@ def tensors(thing: object) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("group", [GROUP, TUNING], ids=["pretraining", "fine-tuning"])
 @pytest.mark.parametrize("step", range(6))
-def test_plans_are_equal_to_the_bit(step: int) -> None:
+def test_plans_are_equal_to_the_bit(step: int, group: ViewGroup) -> None:
     photos = store()
-    here, there = tensors(plan(photos, step)), tensors(plan(photos.to(torch.device("cuda")), step))
+    there = tensors(plan(photos.to(torch.device("cuda")), step, group))
+    here = tensors(plan(photos, step, group))
     for name, tensor in here.items():
         assert torch.equal(tensor, there[name]), name
 
@@ -67,12 +72,26 @@ def test_views_are_equal_to_rounding() -> None:
     assert (mine - theirs).abs().gt(1e-3).float().mean() < 1e-4
 
 
+def test_randaugment_is_the_cpus_on_pictures_of_8_bits() -> None:
+    """Every operation, level and sign; tables and nearest pixels to the bit."""
+    chance = torch.Generator().manual_seed(1)
+    kinds = torch.cartesian_prod(torch.arange(16), torch.arange(1, 10), torch.arange(2))
+    x = torch.randint(0, 256, (len(kinds), 3, 37, 37), generator=chance).float() / 255
+    spot = torch.randint(0, 37, (len(kinds), 1, 2), generator=chance)
+    drawn = kinds[:, :1], kinds[:, 1:2], kinds[:, 2:].bool(), spot
+    mine = randaugment(x.clone(), *drawn)
+    theirs = randaugment(x.cuda(), *(each.cuda() for each in drawn)).cpu()
+    assert float((mine - theirs).abs().max()) < 1e-6
+
+
 def test_drawing_and_rendering_never_wait() -> None:
     photos = store().to(torch.device("cuda"))
     render(photos, plan(photos, 0), GROUP)  # tables are made once
+    render(photos, plan(photos, 0, TUNING), TUNING)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
             render(photos, plan(photos, step), GROUP)
+            render(photos, plan(photos, step, TUNING), TUNING)
     finally:
         torch.cuda.set_sync_debug_mode("default")
