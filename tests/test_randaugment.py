@@ -186,6 +186,8 @@ def test_the_distribution_over_1e5_draws() -> None:
     assert near(pairs.bincount(minlength=225), 1 / 225)
     cells = (plan.operation[:, 0] * 9 + plan.level[:, 0] - 1)[applied[:, 0]]
     assert near(cells.bincount(minlength=135), 1 / 135)
+    signed = plan.level[:, 0] * 2 + plan.negative[:, 0] - 2
+    assert near(signed.bincount(minlength=18), 1 / 18)
 
 
 def test_draws_belong_to_an_image_an_epoch_and_a_view() -> None:
