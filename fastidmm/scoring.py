@@ -137,7 +137,7 @@ def evaluation_text(found: dict[str, Any]) -> str:
             rows.append(_row("  top-5", [_cell(value and value["top5"]) for value in arms]))
         if any(value and value.get("best") for value in arms):
             rows.append(_row("  best, selected on test images", [_best(value) for value in arms]))
-    return "\n".join([*rows, "", *_classes_text(found)])
+    return "\n".join([*rows, *_classes_text(found)])
 
 
 def _row(name: str, cells: list[str]) -> str:
@@ -160,12 +160,17 @@ def _classes_text(found: dict[str, Any]) -> list[str]:
     classes = [
         (correct / num, f"{name} {correct}/{num}")
         for name, (correct, num) in zip(names, measures[measure]["per_class"], strict=True)
-        if num
+        if correct < num
     ]
     worst = [text for _, text in sorted(classes)[:SHOWN_CLASSES]]
     confused = [
         f"{names[true]} taken for {names[taken]} ({count})"
         for true, taken, count in measures[measure]["confusion"][:SHOWN_CLASSES]
     ]
-    lines = [f"by {measure.replace('_', ' ')}, pretrained:", f"  hardest: {', '.join(worst)}"]
-    return [*lines, f"  confused: {', '.join(confused)}"] if confused else lines
+    if not worst:
+        return []
+    return [
+        f"\nby {measure.replace('_', ' ')}, pretrained:",
+        f"  hardest: {', '.join(worst)}",
+        f"  confused: {', '.join(confused)}",
+    ]

@@ -34,6 +34,9 @@ def train(record: Record) -> None:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
             while not run_attempt(parts, stop):
                 roll_back(parts)
+            if parts.state.ended:
+                best = parts.state.best_step // parts.loader.steps_per_epoch
+                say(f"ended early: no better score on held-out images since epoch {best}.")
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "

@@ -77,12 +77,13 @@ def test_the_higher_stage_takes_every_tensor_and_the_head(
 
 
 def test_stages_go_on_within_their_arm(run: Path) -> None:
-    """Both arms at 16 px, then each at 32; a second stage at 16 px begins anew."""
+    """Both arms at 16 px, then each at 32; a second at 16 px begins anew."""
     one = {"run.epochs": 1, "run.batch_size": 8}
     for pretrained in (True, False):
         for resolution in (16, 32):
             stages.finetune(run, {**one, "run.resolution": resolution}, [], pretrained=pretrained)
-    stages.finetune(run, {**one, "run.resolution": 16}, [])
+    for resolution in (16, 32):
+        stages.finetune(run, {**one, "run.resolution": resolution}, [])
     found = {p.name: Record(p) for p in (run / name for name in os.listdir(run)) if p.is_dir()
              and (p / "recipe.toml").exists()}  # fmt: skip
     starts = {name: record.init and record.init.parent.parent for name, record in found.items()}
@@ -90,6 +91,7 @@ def test_stages_go_on_within_their_arm(run: Path) -> None:
         "finetune-16": run,
         "finetune-16-2": run,
         "finetune-32": run / "finetune-16",
+        "finetune-32-2": run / "finetune-16-2",
         "scratch-16": None,
         "scratch-32": run / "scratch-16",
     }
@@ -263,6 +265,7 @@ def test_patience_ends_a_stage_and_the_best_counts(
     found = stages.finetune(RUN, {**judged, "run.batch_size": 6}, [])
     stage = Record(RUN / "finetune-16")
     assert stage.finished and found["steps"] == 12 and stage.total_steps == 21
+    assert "no better score on held-out images since epoch 2." in capsys.readouterr().err
     assert found["best_holdout_top1"]["epoch"] == 2
     assert checkpoint.step_of(stage.result) == 6
     kept = weights(stage.result)
@@ -304,20 +307,41 @@ def test_patience_needs_images_to_judge_by(toy: str) -> None:
         recipe(patience=3)
 
 
-def test_looks_at_the_test_images_are_counted(run: Path) -> None:
+def test_looks_at_the_test_images_are_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second epoch of seven and the last; the last counts, the best stands beside it."""
+    scripted(monkeypatch, [8, 3, 8, 5, 8, 4, 2])
     found = stages.finetune(run, {**FIRST, "run.score_every": 2}, [])
     lines = Record(run / "finetune-16").metrics()
     scored = {line["epoch"]: line["test_top1"] for line in lines if "test_top1" in line}
-    assert list(scored) == [2, 4, 6, 7]
+    assert scored == {2: 3 / 8, 4: 5 / 8, 6: 4 / 8, 7: 2 / 8}
+    best = {"value": 5 / 8, "epoch": 4, "of": 4, "selected_on": "test"}
+    assert found["test_top1"]["correct"] == 2 and found["best_test_top1"] == best
     assert scoring.looks(run) == {"finetune": 4, "evaluate": 0}
     for number in (1, 2):
         evaluated = scoring.evaluate(run)
         assert scoring.looks(run) == {"finetune": 4, "evaluate": number}
     cell = evaluated["scores"]["pretrained"]["finetuned_16"]
-    assert cell["value"] == scored[7] == found["test_top1"]["value"]
-    assert cell["best"]["value"] == max(scored.values()) and cell["best"]["of"] == 4
-    assert cell["chosen"] == "last epoch" and cell["best"]["selected_on"] == "test"
+    assert cell["best"] == best and cell["chosen"] == "last epoch" and cell["num"] == 8
+    rows = scoring.evaluation_text(evaluated).splitlines()
+    assert [row for row in rows if "62.5 % (epoch 4)" in row and "selected on test" in row]
+
+
+def test_the_text_names_hard_classes_and_mistakes() -> None:
+    measure = {
+        "correct": 5, "num": 9, "top5": {"correct": 8, "num": 9},
+        "per_class": [[3, 3], [0, 2], [2, 4]], "confusion": [[2, 1, 2], [1, 0, 1], [1, 2, 1]],
+    }  # fmt: skip
+    found = {
+        "num_test": 9, "class_names": ["ant", "bee", "cat"],
+        "scores": {"pretrained": {"knn": measure}, "random": {}},
+    }  # fmt: skip
+    rows = scoring.evaluation_text(found).splitlines()
+    assert rows[1].split() == ["knn", "55.6", "%", "[26.7,", "81.1]", "not", "run"]
+    assert rows[2].split()[:3] == ["top-5", "88.9", "%"]
+    assert rows[-2:] == [
+        "  hardest: bee 0/2, cat 2/4",
+        "  confused: cat taken for bee (2), bee taken for ant (1), bee taken for cat (1)",
+    ]
 
 
 def test_scores_are_due_by_the_epoch(run: Path) -> None:
