@@ -33,7 +33,7 @@ def render(store: Store, plan: GroupPlan, group: ViewGroup) -> Tensor:
         (crops.rows.numel(), 3, crops.size, crops.size), device=store.pixels.device
     )
     for part in _chunks(store, crops):
-        pixels[part] = _colour(_resized(store, crops, part), plan, part, group)
+        pixels[part] = finished(_resized(store, crops, part), plan, group, part)
     return MIXES[plan.mix](pixels, plan)
 
 
@@ -51,8 +51,8 @@ def _chunks(store: Store, crops: Crops) -> Iterator[slice]:
     yield from (slice(i, min(i + size, num)) for i in range(0, num, size))
 
 
-def _colour(x: Tensor, plan: GroupPlan, part: slice, group: ViewGroup) -> Tensor:
-    """Jitter, gray, blur, solarize, RandAugment, flip and normalise one chunk of crops."""
+def finished(x: Tensor, plan: GroupPlan, group: ViewGroup, part: slice = slice(None)) -> Tensor:
+    """Jitter, gray, blur, solarize, RandAugment, flip and normalise resized crops, or a part."""
     if group.jitter:
         x = colour.where(plan.jitter[part], x, colour.jitter, plan.order[part], plan.factors[part])
     if group.gray:

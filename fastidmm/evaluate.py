@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastidmm.augment import render_plain
 from fastidmm.batch import ViewGroup
+from fastidmm.kernels.views import plain_views
 from fastidmm.plan import central_crops
 from fastidmm.store import Store
 
@@ -86,7 +86,7 @@ def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dty
                 size=resolution,
                 resize=round(resolution * 256 / 224),
             )
-            images = render_plain(store, crops, PLAIN)
+            images = plain_views(store, crops, PLAIN)
             # Around the model only: a resize in bfloat16 would be off by 2/255.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = model(images.contiguous(memory_format=torch.channels_last))

@@ -25,6 +25,7 @@ LOADERS = {
 }
 KERNELS = {
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
+    "views": "fastidmm.kernels.views:views",
 }
 TABLES = {
     "dataset": DATASETS,

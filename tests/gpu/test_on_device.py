@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastidmm.augment import render
+from fastidmm.augment import render, render_plain
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
-from fastidmm.plan import GroupPlan, draw
+from fastidmm.kernels.views import plain_views, views
+from fastidmm.plan import GroupPlan, central_crops, draw
 from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
 
@@ -72,6 +73,31 @@ def test_views_are_equal_to_rounding() -> None:
     assert (mine - theirs).abs().gt(1e-3).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("size", [33, 112, 224])
+@pytest.mark.parametrize("group", [GROUP, TUNING], ids=["pretraining", "fine-tuning"])
+def test_the_kernels_give_the_renderers_views(group: ViewGroup, size: int) -> None:
+    """1/255 on average; twice the same bits."""
+    there = store().to(torch.device("cuda"))
+    for step in (0, 3):  # Mixup, then CutMix
+        group = replace(group, size=size)
+        drawn = plan(there, step, group)
+        ours = views(there, drawn, group, torch.float32)
+        theirs = render(there, drawn, group)
+        assert float((ours - theirs).abs().mean() * 255 * 0.226) <= 1
+        assert torch.equal(ours, views(there, drawn, group, torch.float32))
+        half = views(there, drawn, group, torch.bfloat16)
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert float((half.float() - ours).abs().max()) < 0.02
+
+
+def test_plain_views_are_the_renderers() -> None:
+    there = store().to(torch.device("cuda"))
+    rows = torch.arange(37, device="cuda")
+    crops = central_crops(rows, there.height, there.width, size=56, resize=64)
+    difference = plain_views(there, crops, GROUP) - render_plain(there, crops, GROUP)
+    assert float(difference.abs().mean() * 255 * 0.226) <= 1
+
+
 def test_randaugment_is_the_cpus_on_pictures_of_8_bits() -> None:
     """Every operation, level and sign; tables and nearest pixels to the bit."""
     chance = torch.Generator().manual_seed(1)
@@ -88,10 +114,13 @@ def test_drawing_and_rendering_never_wait() -> None:
     photos = store().to(torch.device("cuda"))
     render(photos, plan(photos, 0), GROUP)  # tables are made once
     render(photos, plan(photos, 0, TUNING), TUNING)
+    for group in (GROUP, TUNING):  # and programs compiled
+        views(photos, plan(photos, 0, group), group, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
-            render(photos, plan(photos, step), GROUP)
-            render(photos, plan(photos, step, TUNING), TUNING)
+            for group in (GROUP, TUNING):
+                render(photos, plan(photos, step, group), group)
+                views(photos, plan(photos, step, group), group, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
