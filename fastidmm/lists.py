@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastidmm.datasets import Item
 from fastidmm.errors import DataError
 
@@ -63,18 +66,18 @@ def lines(path: Path) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def mat(path: Path) -> dict[str, Any]:
-    """The variables of a small MATLAB file, without needless dimensions; a DataError otherwise."""
+def mat(path: Path) -> dict[str, NDArray[Any]]:
+    """The rows of a small MATLAB file by name, each with one dimension; a DataError otherwise."""
     from scipy.io import loadmat
 
     if path.stat().st_size > MAX_LIST or _expanded(path.read_bytes()) > MAX_UNPACKED_MAT:
         raise DataError(f"{path} is larger than any list of images; get it again.")
     try:
-        found: dict[str, Any] = loadmat(path, squeeze_me=True)
+        found = loadmat(path, squeeze_me=True)
     # scipy raises whatever its parser happens to meet.
     except Exception as problem:
         raise DataError(f"{path} is no MATLAB file ({problem}); get it again.") from None
-    return found
+    return {name: np.atleast_1d(values) for name, values in found.items() if name[0] != "_"}
 
 
 def _expanded(content: bytes) -> int:

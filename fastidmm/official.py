@@ -228,12 +228,12 @@ def _from_copy(layout: Layout, given: Path, folder: Path) -> Found | None:
 
 
 def folders(given: Path) -> Iterator[Path]:
-    """A folder, the folders in it and those in these, in order; hidden ones and links left out."""
+    """A folder and what is below it, three folders deep; hidden ones and links are left out."""
     if not given.is_dir():
         return
     yield given
     level = [given]
-    for _ in range(2):
+    for _ in range(3):
         level = [below for folder in level for below in _below(folder)]
         yield from level
 

@@ -5,13 +5,12 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from site_of_tests import Site, serving
+from webserver import Site, serving
 
 from fastidmm import fetch as module
 from fastidmm.errors import DataError, FastidmmError, UsageError
@@ -25,14 +24,9 @@ WAITED: list[float] = []
 QUICK = Patience(attempts=3, stall=0.15, connect=2, sleep=WAITED.append)
 
 
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
+@pytest.fixture(autouse=True)
+def unwaited() -> None:
     WAITED.clear()
-    with serving() as site:
-        yield site
 
 
 @pytest.fixture

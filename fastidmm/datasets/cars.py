@@ -4,6 +4,11 @@ Krause and others, 3dRR 2013; photographs found on the web, for research.
 Its pages are gone; the MD5 sums are those of the originals, which many copies still are.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
+from numpy.typing import NDArray
+
 from fastidmm.datasets import About, Item
 from fastidmm.fetch import Remote
 from fastidmm.lists import mat
@@ -44,7 +49,7 @@ class Cars(Official):
         train = mat(found.path("devkit/cars_train_annos.mat"))["annotations"]
         test = mat(found.path(TEST))["annotations"]
 
-        def items(folder: str, rows: list[dict[str, object]]) -> list[Item]:
+        def items(folder: str, rows: Iterable[dict[str, object]]) -> list[Item]:
             # One common copy has every folder inside another of its name.
             nested = (found.root / folder / folder).is_dir()
             below = f"{folder}/{folder}" if nested else folder
@@ -53,7 +58,7 @@ class Cars(Official):
         return Listed([str(n) for n in names], items("cars_train", train), items("cars_test", test))
 
 
-def _of_one_folder(found: dict[str, list[dict[str, object]]]) -> Listed:
+def _of_one_folder(found: dict[str, NDArray[Any]]) -> Listed:
     """The release with all photographs in one folder, where each says if it is for testing."""
     train, test = (
         [
