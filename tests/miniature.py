@@ -162,10 +162,10 @@ def dtd() -> Miniature:
 
 def indoor67() -> Miniature:
     """More images than the lists name; no line end after the last, a name in Latin-1."""
-    made = Miniature(class_names=["airport_inside", "bar"])
+    made = Miniature(class_names=["airport_inside", "bar", "bowling", "casino", "winecellar"])
     lists: dict[str, list[str]] = {"TrainImages.txt": [], "TestImages.txt": []}
     for name, rows in (("TrainImages.txt", made.train), ("TestImages.txt", made.test)):
-        for label, place in ((1, "bar"), (0, "airport_inside")):
+        for label, place in reversed([*enumerate(made.class_names)]):
             for number in range(2 if rows is made.train else 1):
                 file = f"{place}/{name[:2]}_caf\udce9 {number}.jpg"
                 made.photo("indoorCVPR_09.tar", f"Images/{file}", rows, label)
