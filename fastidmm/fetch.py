@@ -89,7 +89,8 @@ def fetch(remote: Remote, folder: Path, patience: Patience | None = None) -> Pat
 def verify(path: Path, remote: Remote, folder: Path) -> str:
     """Check a file against what is published and what was seen before; returns its SHA-256.
 
-    The SHA-256 of a first success is kept in `folder`, as FILE.sha256. A DataError otherwise.
+    The SHA-256 of a first success is kept in `folder`, as FILE.sha256: not where nothing is
+    published, since then there was nothing to succeed in. A DataError otherwise.
     """
     if wrong := _wrong(path, remote):
         raise DataError(f"{path} is not the published file ({wrong}): get it again.")
@@ -100,10 +101,16 @@ def verify(path: Path, remote: Remote, folder: Path) -> str:
             f"{path} is not the file seen before (SHA-256 {found}, not {seen}): get that one "
             f"again, or remove {_record(remote, folder)} to accept this one."
         )
-    if not seen:
+    if not seen and remote.published:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(_record(remote, folder), f"{found}  {remote.file}\n")
     return found
+
+
+def forget(remote: Remote, folder: Path) -> None:
+    """Remove a file that was fetched and turned out to be of no use, and what was noted of it."""
+    for path in (folder / remote.file, _record(remote, folder)):
+        path.unlink(missing_ok=True)
 
 
 def recorded(remote: Remote, folder: Path) -> str:

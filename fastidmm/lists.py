@@ -26,7 +26,9 @@ def check_files(root: Path, items: Sequence[Item]) -> None:
     for item in items:
         path = PurePosixPath(item.file)
         if path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{root}: the lists name {item.file!r}, which lies outside.")
+            raise DataError(
+                f"{root}: the lists name {item.file!r}, which lies outside: get them again."
+            )
         if path.parent not in names:
             check_inside(root / path.parent, root)
             names[path.parent] = _entries(root / path.parent)
@@ -61,7 +63,9 @@ def check_inside(path: Path, root: Path) -> None:
 def lines(path: Path) -> list[str]:
     """The lines of a list, without empty ones; names keep whatever bytes they consist of."""
     if path.stat().st_size > MAX_LIST:
-        raise DataError(f"{path} has more than {MAX_LIST:,} bytes, too many for a list.")
+        raise DataError(
+            f"{path} has more than {MAX_LIST:,} bytes, too many for a list: get it again."
+        )
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     return [line.strip() for line in text.split("\n") if line.strip()]
 

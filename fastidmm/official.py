@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from fastidmm.datasets import About, Item, Source
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.fetch import Remote, fetch, recorded, verify
+from fastidmm.fetch import Remote, fetch, forget, recorded, verify
 from fastidmm.files import digests
 from fastidmm.lists import check_files, check_inside
 from fastidmm.places import home
@@ -85,16 +85,16 @@ class Official:
 
         A UsageError where files are missing, a DataError where they are not the official ones.
         """
-        found = self._located(from_)
+        folder = home() / "downloads" / self.name
+        found = self._located(from_, folder)
         try:
-            listed = self.read(found)
-        except (ValueError, LookupError, TypeError) as problem:
-            raise DataError(
-                f"the lists in {found.root} are not those of {self.title} ({problem}): get "
-                f"{found.layout.needed()} again."
-            ) from None
-        self._check(listed, found)
-        check_files(found.root, [*listed.train, *listed.test])
+            listed = self._listed(found)
+        except DataError:
+            # What a server sent instead of a list must not be met again.
+            for remote in found.layout.files:
+                if not remote.published and found.files[remote.file].parent == folder:
+                    forget(remote, folder)
+            raise
         return Source(
             description=f"{self.title}, the official split",
             root=found.root,
@@ -104,8 +104,20 @@ class Official:
             notes=(found.note,) if found.note else (),
         )
 
-    def _located(self, from_: Path | None) -> Found:
-        folder = home() / "downloads" / self.name
+    def _listed(self, found: Found) -> Listed:
+        """The split, read and checked."""
+        try:
+            listed = self.read(found)
+        except (ValueError, LookupError, TypeError) as problem:
+            raise DataError(
+                f"the lists in {found.root} are not those of {self.title} ({problem}): get "
+                f"{found.layout.needed()} again."
+            ) from None
+        self._check(listed, found)
+        check_files(found.root, [*listed.train, *listed.test])
+        return listed
+
+    def _located(self, from_: Path | None, folder: Path) -> Found:
         if from_ is None:
             return self._fetched(folder)
         given = from_.expanduser()

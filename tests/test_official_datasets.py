@@ -204,6 +204,21 @@ def test_a_folder_of_archives_lacks_a_list_that_is_fetched(
     assert sorted(path for path, _ in site.asked) == ["/imagelabels.mat", "/setid.mat"]
 
 
+def test_a_page_instead_of_a_list_is_met_once(
+    home: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is published that its lists hash to, so only their contents can tell."""
+    made = BUILDERS["indoor67"]()
+    shrink(monkeypatch, "indoor67", made, site)
+    right = site.files["TestImages.txt"]
+    site.files["TestImages.txt"] = b"<html>please log in</html>"
+    with pytest.raises(DataError, match=r"lists in .* are not those of MIT Indoor67"):
+        opened("indoor67")
+    site.files["TestImages.txt"] = right
+    prepare(opened("indoor67"), "indoor67", quiet=True)
+    check_store("indoor67", made)
+
+
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_cars_come_in_two_releases(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unpacked: bool
