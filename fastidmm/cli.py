@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastidmm.errors import FastidmmError
+from fastidmm.errors import FastidmmError, UsageError
 
 if TYPE_CHECKING:
     from fastidmm.recipe import Recipe
@@ -74,23 +74,41 @@ def recipe_settings(**flags: Any) -> dict[str, Any]:
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Option(help="One of `fastidmm list`.")],
-    source: Annotated[Path | None, typer.Option("--from", help="A folder already on disk.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="One of `fastidmm list`.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A folder or an archive already on disk.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What to call it. [default: --dataset]")] = None,
     max_side: Annotated[int, typer.Option(min=0, help="Longest side kept, px; 0: any.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
+    listing: Annotated[bool, typer.Option("--list", help="Show what can be prepared.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Fetch the weights of one of timm's models.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode photographs once.
+    """Fetch and decode photographs once.
 
     Example: fastidmm prepare --dataset folder --from ~/photos --name mine
     """
+    if sum((dataset is not None, listing, weights is not None)) != 1:
+        raise UsageError("say what to prepare: one of --dataset NAME, --list and --weights NAME.")
+    if listing:
+        from fastidmm.catalogue import as_dicts, as_lines, catalogue
+
+        entries = catalogue()
+        return answer(as_dicts(entries), as_json, lambda: "\n".join(as_lines(entries)))
+    if weights is not None:
+        from fastidmm.weights import fetch_weights
+
+        place = str(fetch_weights(weights))
+        return answer({"weights": weights, "folder": place}, as_json, f"{weights}: in {place}")
     from fastidmm.prepare import prepare as run
     from fastidmm.registry import find
 
-    opened = find("dataset", dataset)().open(from_=source, seed=seed)
-    summary = run(opened, name or dataset, max_side=max_side, quiet=as_json)
-    answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
+    opened = find("dataset", str(dataset))().open(from_=source, seed=seed)
+    summary = run(opened, name or str(dataset), max_side=max_side, quiet=as_json)
+    return answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 
 
 def _recipe(

@@ -17,7 +17,7 @@ from fastidmm.datasets import Item, Source, Unusable
 from fastidmm.decode import Picture, decode_all
 from fastidmm.errors import DataError, FastidmmError, UsageError
 from fastidmm.pack import Packed, pack
-from fastidmm.store import READER_VERSION, check_name, home, read_json
+from fastidmm.places import READER_VERSION, check_name, home, read_json
 from fastidmm.summary import Summary, shown
 
 Described = dict[str, Any]

@@ -11,21 +11,24 @@ A store is a folder: `train.safetensors` and, when there is one, `test.safetenso
 and `store.json`: class names, source files, fingerprint, split seed, the reader's version.
 """
 
-import json
-import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastidmm.chance import Counters, Use, permutation, philox
-from fastidmm.errors import DataError, UsageError, did_you_mean
+from fastidmm.errors import DataError
 
-READER_VERSION = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Also known by these names, for whoever has loaded torch anyway.
+from fastidmm.places import READER_VERSION as READER_VERSION
+from fastidmm.places import check_name as check_name
+from fastidmm.places import current as current
+from fastidmm.places import folder_of as folder_of
+from fastidmm.places import has_split as has_split
+from fastidmm.places import home as home
+from fastidmm.places import prepared as prepared
+from fastidmm.places import read_json as read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,65 +74,6 @@ class Store:
         """The split cut down to `rows` (int64), in that order; pixels are shared, not copied."""
         chosen = {n: getattr(self, n)[rows] for n in ("offset", "height", "width", "label")}
         return replace(self, **chosen)
-
-
-def home() -> Path:
-    """Where prepared data lives: `FASTIDMM_HOME`, or a folder in the user's home."""
-    return Path(os.environ.get("FASTIDMM_HOME", "~/.local/share/fastidmm")).expanduser()
-
-
-def check_name(name: str, kind: str) -> str:
-    """`name` when it can name a dataset or a run, an error with the rule otherwise."""
-    if NAME.fullmatch(name):
-        return name
-    raise UsageError(
-        f"{name!r} cannot name a {kind}: use 1 to 64 letters, digits, '.', '_' or '-', "
-        "beginning with a letter or digit."
-    )
-
-
-def prepared() -> list[str]:
-    """The names of all prepared datasets."""
-    return sorted(p.parent.name for p in (home() / "stores").glob("[!.]*/store.json"))
-
-
-def current() -> str:
-    """The dataset prepared last."""
-    marker = home() / "current"
-    name = marker.read_text().strip() if marker.exists() else ""
-    if name in prepared():
-        return name
-    raise UsageError(
-        "no dataset is prepared yet: type `fastidmm prepare --dataset demo`, or "
-        "`fastidmm prepare --dataset folder --from PHOTOS --name mine`."
-    )
-
-
-def folder_of(name: str) -> Path:
-    """The folder of a prepared dataset, an error with what to type where there is none."""
-    folder = home() / "stores" / check_name(name, "dataset")
-    if (folder / "store.json").exists():
-        return folder
-    known = prepared()
-    hint = did_you_mean(name, known) if known else "Nothing is prepared yet."
-    raise UsageError(f"no dataset {name!r} is prepared: `fastidmm prepare` makes one. {hint}")
-
-
-def read_json(folder: Path) -> dict[str, Any]:
-    """A store's description: class names, source files, fingerprints."""
-    path = folder / "store.json"
-    try:
-        described: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise DataError(f"{path} cannot be read ({problem}); prepare the dataset again.") from None
-    if described.get("reader_version") != READER_VERSION:
-        raise DataError(f"{folder} was written by another version; prepare the dataset again.")
-    return described
-
-
-def has_split(name: str, split: str) -> bool:
-    """Whether a dataset is prepared and has that split."""
-    return name in prepared() and split in read_json(folder_of(name))["splits"]
 
 
 def open_store(folder: Path, split: str) -> Store:
