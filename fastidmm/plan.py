@@ -26,6 +26,7 @@ from fastidmm.chance import (
     philox,
     ratio_table,
 )
+from fastidmm.kernels.draws import draws
 from fastidmm.randaugment import LEVELS, NONE, OPERATIONS
 
 TRIES = 10
@@ -121,37 +122,49 @@ def _draw_group(
     cutmix_groups: int,
 ) -> GroupPlan:
     crop_rows, crop_views = rows.repeat(views.numel()), views.repeat_interleave(rows.numel())
-    blocks = torch.arange(BLOCKS, device=rows.device)
-    counter = (when[0], crop_rows[:, None], crop_views[:, None], blocks)
-    words = philox(counter, counters.key(Use.CROP)).flatten(1)  # (C, 4 * BLOCKS)
-    high, wide = sizes[0][crop_rows].long(), sizes[1][crop_rows].long()
-    box = resized_crop_box(words[:, :24], high, wide, group)
+    own = draws(group, crop_rows, crop_views, sizes, counters, when[0])
+    origin, scale, window = (own.pop(name) for name in ("origin", "scale", "window"))
+    crops = Crops(crop_rows, origin, scale, window, group.size, group.interpolation)
     mix = mix_of(group, when[0])
     partner, paste, weight = _draw_mix(group, mix, rows, counters, when, cutmix_groups)
-    operation, level, negative, spot = _draw_operations(
-        group, crop_rows, crop_views, counters, when[0]
-    )
+    return GroupPlan(crops=crops, **own, mix=mix, partner=partner, box=paste, weight=weight)
+
+
+def own_draws(
+    group: ViewGroup,
+    rows: Tensor,
+    views: Tensor,
+    sizes: tuple[Tensor, Tensor],
+    counters: Counters,
+    epoch: int,
+) -> dict[str, Tensor]:
+    """What chance decides of each crop by itself: the definition of `kernels.draws`."""
+    blocks = torch.arange(BLOCKS, device=rows.device)
+    counter = (epoch, rows[:, None], views[:, None], blocks)
+    words = philox(counter, counters.key(Use.CROP)).flatten(1)  # (C, 4 * BLOCKS)
+    high, wide = sizes[0][rows].long(), sizes[1][rows].long()
+    box = resized_crop_box(words[:, :24], high, wide, group)
+    crops = crops_of_boxes(rows, box, group.size, group.interpolation)
+    operation, level, negative, spot = _draw_operations(group, rows, views, counters, epoch)
     ranges = (group.brightness, group.contrast, group.saturation, group.hue)
     factors = torch.stack([between(words[:, 26 + i], *r) for i, r in enumerate(ranges)], dim=1)
-    return GroupPlan(
-        crops=crops_of_boxes(crop_rows, box, group.size, group.interpolation),
-        flip=happens(words[:, 22], group.flip),
-        jitter=happens(words[:, 23], group.jitter),
-        order=_orders(rows.device)[below(words[:, 24], 24)],
-        factors=factors.float(),
-        gray=happens(words[:, 25], group.gray),
-        blur=happens(words[:, 30], group.blur),
-        sigma=between(words[:, 31], *group.sigma).float(),
-        solarize=happens(words[:, 32], group.solarize),
-        operation=operation,
-        level=level,
-        negative=negative,
-        spot=spot,
-        mix=mix,
-        partner=partner,
-        box=paste,
-        weight=weight,
-    )
+    return {
+        "origin": crops.origin,
+        "scale": crops.scale,
+        "window": crops.window,
+        "flip": happens(words[:, 22], group.flip),
+        "jitter": happens(words[:, 23], group.jitter),
+        "gray": happens(words[:, 25], group.gray),
+        "blur": happens(words[:, 30], group.blur),
+        "solarize": happens(words[:, 32], group.solarize),
+        "order": _orders(rows.device)[below(words[:, 24], 24)],
+        "factors": factors.float(),
+        "sigma": between(words[:, 31], *group.sigma).float(),
+        "operation": operation,
+        "level": level,
+        "negative": negative,
+        "spot": spot,
+    }
 
 
 @cache

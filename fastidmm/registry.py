@@ -33,6 +33,7 @@ LOADERS = {
     "resident": "fastidmm.loaders.resident:Resident",
 }
 KERNELS = {
+    "draws": "fastidmm.kernels.draws:draws",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "views": "fastidmm.kernels.views:views",
 }

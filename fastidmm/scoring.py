@@ -135,7 +135,7 @@ def evaluation_text(found: dict[str, Any]) -> str:
         rows.append(_row(name.replace("_", " "), [_cell(value) for value in arms]))
         if any(value and value["top5"] for value in arms):
             rows.append(_row("  top-5", [_cell(value and value["top5"]) for value in arms]))
-        if any(value and value.get("best") for value in arms):
+        if any(_best(value) for value in arms):
             rows.append(_row("  best, selected on test images", [_best(value) for value in arms]))
     return "\n".join([*rows, *_classes_text(found)])
 
@@ -150,7 +150,9 @@ def _cell(value: dict[str, Any] | None) -> str:
 
 def _best(value: dict[str, Any] | None) -> str:
     top = value and value.get("best")
-    return f"{100 * top['value']:.1f} % (epoch {top['epoch']})" if top else ""
+    if not top or top["of"] == 1:
+        return ""
+    return f"{100 * top['value']:.1f} % (epoch {top['epoch']})"
 
 
 def _classes_text(found: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from fastidmm.augment import render, render_plain
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
+from fastidmm.kernels.draws import fused, reference
 from fastidmm.kernels.views import plain_views, views
 from fastidmm.plan import GroupPlan, central_crops, draw
 from fastidmm.randaugment import randaugment
@@ -62,6 +63,23 @@ def test_plans_are_equal_to_the_bit(step: int, group: ViewGroup) -> None:
     here = tensors(plan(photos, step, group))
     for name, tensor in here.items():
         assert torch.equal(tensor, there[name]), name
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_ten_million_crops_are_drawn_alike(part: int) -> None:
+    """One kernel on the GPU, the definition on the CPU."""
+    num, group = 1_000_000, TUNING
+    crops = torch.arange(part * num, (part + 1) * num)
+    views, places = crops % 6, crops // 6 % 5000
+    chance = torch.Generator().manual_seed(part)
+    sizes = [torch.randint(1, 4000, (5000,), generator=chance).int() for _ in range(2)]
+    counters = Counters(2**31 + part, part)
+    here = reference(group, places, views, (sizes[0], sizes[1]), counters, part)
+    there = fused(
+        group, places.cuda(), views.cuda(), (sizes[0].cuda(), sizes[1].cuda()), counters, part
+    )
+    for name, expected in here.items():
+        assert torch.equal(there[name].cpu(), expected), name
 
 
 def test_views_are_equal_to_rounding() -> None:
