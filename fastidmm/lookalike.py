@@ -14,7 +14,7 @@ from PIL import Image
 SIDE = 32
 NEAR = 5  # bits
 FLAT = 2.0  # gray levels: below this deviation a picture shows nothing to compare
-BANDS, BAND_BITS = 4, 16
+BANDS = ((0, 22), (22, 21), (43, 21))  # first bit, bits
 CHUNK = 1 << 22  # pairs compared at a time
 FAR = np.int64(1) << 62
 
@@ -42,19 +42,19 @@ def nearest(looks: Looks, num_train: int, near: int = NEAR) -> tuple[Rows, Rows]
 
     `looks` (N,) holds the training pictures first. Returns (N,) rows, -1 where there is none, and
     (N,) bits that differ; of equally near pictures the earliest counts. No pair is missed: of
-    four bands of 16 bits, at least one differs in a bit at most where the whole differs in up to
-    seven, and each picture meets all others with such a band.
+    three bands, at least one differs in a bit at most where the whole differs in up to five, and
+    each picture meets all others with such a band.
     """
-    if near > 2 * BANDS - 1:
+    if near > 2 * len(BANDS) - 1:
         raise ValueError(f"near {near} is more than the bands can promise")
     unique, which = np.unique(looks, return_inverse=True)
     first = np.full(len(unique), len(looks), np.int64)
     np.minimum.at(first, which[:num_train], np.arange(num_train))
     # Distance above and row below in one number, so that the least is the nearest and earliest.
     best = np.full(len(unique), FAR)
-    for band in range(BANDS):
-        keys = (unique >> np.uint64(band * BAND_BITS)).astype(np.uint16)
-        _join(unique, keys, first, best, near)
+    for low, width in BANDS:
+        keys = (unique >> np.uint64(low)).astype(np.int64) & ((1 << width) - 1)
+        _join(unique, keys, width, first, best, near)
     rows = np.arange(len(looks))
     same = first[which] < rows
     found = np.where(same, first[which], best[which])
@@ -65,12 +65,13 @@ def nearest(looks: Looks, num_train: int, near: int = NEAR) -> tuple[Rows, Rows]
     )
 
 
-def _join(unique: Looks, keys: NDArray[np.uint16], first: Rows, best: Rows, near: int) -> None:
+def _join(unique: Looks, keys: Rows, width: int, first: Rows, best: Rows, near: int) -> None:
     """Compare all looks of which this band is equal or differs in one bit; keep the nearest."""
     order = np.argsort(keys, kind="stable")
-    bounds = np.searchsorted(keys[order], np.arange((1 << BAND_BITS) + 1))
-    for turned in (0, *(1 << bit for bit in range(BAND_BITS))):
-        others = (keys ^ np.uint16(turned)).astype(np.int64)
+    bounds = np.zeros((1 << width) + 1, np.int64)
+    np.cumsum(np.bincount(keys, minlength=1 << width), out=bounds[1:])
+    for turned in (0, *(1 << bit for bit in range(width))):
+        others = keys ^ turned
         sizes = bounds[others + 1] - bounds[others]
         ends = np.cumsum(sizes)
         start = 0

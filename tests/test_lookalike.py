@@ -76,7 +76,7 @@ def brute_force(
     return rows, apart
 
 
-@pytest.mark.parametrize("near", [0, 3, NEAR, 7])
+@pytest.mark.parametrize("near", [0, 3, NEAR])
 @pytest.mark.parametrize("num_train", [0, 1, 250, 400])
 def test_the_search_misses_nothing(num_train: int, near: int) -> None:
     chance = np.random.default_rng(near)
@@ -111,5 +111,5 @@ def test_small_chunks_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_at_all_and_more_than_the_bands_can_promise() -> None:
     rows, apart = nearest(np.zeros(0, np.uint64), 0)
     assert len(rows) == len(apart) == 0
-    with pytest.raises(ValueError, match="near 8"):
-        nearest(np.zeros(2, np.uint64), 2, 8)
+    with pytest.raises(ValueError, match="near 6"):
+        nearest(np.zeros(2, np.uint64), 2, 6)

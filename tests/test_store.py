@@ -1,6 +1,8 @@
 """A written split, read back by safetensors and by the store."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,55 @@ def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
     assert packed.num_bytes == path.stat().st_size
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def opened(folder: Path, rows: list[tuple[Item, Picture]], shard_bytes: int) -> Packed:
+    """A store folder of one split."""
+    packed = pack(folder, rows, shard_bytes)
+    told = {"fingerprint": packed.fingerprint(), "num_bytes": packed.num_bytes}
+    if len(packed.shards) > 1:
+        told["shards"] = [asdict(shard) for shard in packed.shards]
+    described = {"reader_version": 1, "class_names": ["p", "q"], "splits": {"train": told}}
+    (folder / "store.json").write_text(json.dumps(described))
+    return packed
+
+
+ROWS = [(Item(str(n), n % 2), picture(1 + n % 3, 2 + n, n, f"d{n}")) for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "counts"),
+    [(0, [9]), (10_000, [9]), (100, [4, 2, 2, 1]), (1, [1] * 9), (342, [9]), (341, [8, 1])],
+)
+def test_shards_hold_the_same_rows(tmp_path: Path, shard_bytes: int, counts: list[int]) -> None:
+    packed = opened(tmp_path, ROWS, shard_bytes)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert [shard.num_images for shard in packed.shards] == counts
+    if len(counts) == 1:
+        assert files == ["train.safetensors"]
+    else:
+        assert files == [f"train-{place:05d}.safetensors" for place in range(len(counts))]
+    shards = store.open_shards(tmp_path, "train")
+    assert [len(shard) for shard in shards] == counts
+    whole = store.open_store(tmp_path, "train")
+    parts = [shard.image(row) for shard in shards for row in range(len(shard))]
+    for row, (item, decoded) in enumerate(ROWS):
+        for image in (whole.image(row), parts[row]):
+            assert image.shape == (decoded.height, decoded.width, 3)
+            assert image.numpy().tobytes() == decoded.pixels
+        assert whole.label[row] == item.label
+    assert whole.fingerprint == pack(tmp_path, ROWS).fingerprint()
+    assert (whole.max_height, whole.max_width, len(whole)) == (3, 10, 9)
+
+
+def test_shards_that_do_not_fit_into_memory_are_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path, ROWS, 100)
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    with pytest.raises(DataError, match=r"the 4 shards of .* --max-side, or with --shard-size 0"):
+        store.open_store(tmp_path, "train")
+    assert len(store.open_shards(tmp_path, "train")) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
