@@ -103,7 +103,9 @@ class Stop(BaseException):
     """An end that nobody handles."""
 
 
-def stopped(source: Source, monkeypatch: pytest.MonkeyPatch, after: int = 12) -> Making:
+def stopped(
+    source: Source, monkeypatch: pytest.MonkeyPatch, after: int = 12, **options: Any
+) -> Making:
     """What a `prepare` left that broke off."""
 
     def stop(num: int) -> None:
@@ -113,7 +115,7 @@ def stopped(source: Source, monkeypatch: pytest.MonkeyPatch, after: int = 12) ->
     with monkeypatch.context() as patch:
         counting(patch, stop)
         with pytest.raises(Stop):
-            prepare(source, "mine", workers=1)
+            prepare(source, "mine", workers=1, **options)
     return Making(store.home() / "stores" / "mine")
 
 
@@ -172,6 +174,31 @@ def test_what_a_power_cut_took_is_decoded_again(
     noted = lines.count(b"\n") - 1
     assert noted > 4 and len(calls) == (21 if damage == "gone" else 21 - noted + 1)
     assert contents("mine")["train.safetensors"] == contents("truth")["train.safetensors"]
+
+
+def test_a_damaged_end_does_not_stay_in_the_journal(
+    home: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(source, "truth")
+    making = stopped(source, monkeypatch, 10)
+    data = making.part / "train-00000.safetensors"
+    data.write_bytes(data.read_bytes()[:-5] + bytes(5))
+    stopped(source, monkeypatch, 5)
+    noted = making.journal.read_bytes().count(b"\n") - 1
+    calls = counting(monkeypatch, nothing)
+    prepare(source, "mine")
+    assert noted > 8 and len(calls) == 21 - noted
+    assert contents("mine")["train.safetensors"] == contents("truth")["train.safetensors"]
+
+
+def test_shards_begun_in_another_size_do_not_stay(
+    home: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making = stopped(source, monkeypatch, shard_bytes=200)
+    assert (making.part / "train-00003.safetensors").exists()
+    prepare(source, "mine", shard_bytes=1000)
+    prepare(source, "truth", shard_bytes=1000)
+    assert contents("mine").keys() == contents("truth").keys()
 
 
 def test_what_is_marked_as_on_disk_is_not_read_again(
