@@ -1,11 +1,13 @@
 """Decode photographs into RGB pixels, on every core."""
 
+import ctypes
 import os
 import stat
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +27,7 @@ SUFFIXES = (
 MAX_PIXELS = 50_000_000
 MAX_FILE = 1 << 28  # bytes; some of Pillow's readers take a file in whole before they look
 ROOM = 1 << 30  # bytes for what is being decoded or waits to be written
+LARGE = 1 << 26  # bytes held by a picture after which freed memory is worth handing back
 # Pillow keeps four bytes a pixel and, with transparency, four such pictures at a time; libjpeg
 # keeps six bytes a pixel of a progressive JPEG, whatever size is asked for.
 BYTES_DECODED, BYTES_READ = 16, 6
@@ -113,8 +116,16 @@ class Seat:
 def decode(path: Path, max_side: int, seat: Seat) -> Picture | str:
     """The photograph upright in RGB, no side longer than `max_side`; or why it is unusable."""
     outcome = _judged(path, max_side, seat)
+    if (seat.held or 0) > LARGE:
+        _trim()
     seat.keep(len(outcome.pixels) if isinstance(outcome, Picture) else 0)
     return outcome
+
+
+def _trim() -> None:
+    """Hand freed memory back to the system, which glibc keeps for each thread by itself."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _judged(path: Path, max_side: int, seat: Seat) -> Picture | str:

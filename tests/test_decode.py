@@ -1,6 +1,8 @@
 """Decoding against pictures made by hand and against Pillow's own arrays."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -228,6 +230,25 @@ def test_memory_is_given_out_in_turn_and_within_its_bounds(
         rows = [p.pixels[0] for p in pictures if isinstance(p, Picture)]
         assert rows == [row for row in range(30) if row != 7] and pictures[7] == "not an image"
         assert len(held) == 30 and max(held) <= bound
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from fastidmm import decode
+decode.ROOM = 100 << 20
+paths = [Path(sys.argv[1])] * 16
+assert all(p.height == 2000 for p in decode.decode_all(paths, max_side=0, workers=8))
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_many_threads_with_large_pictures_stay_small(tmp_path: Path) -> None:
+    Image.new("RGBA", (2000, 2000), (9, 90, 200, 128)).save(tmp_path / "a.png")
+    words = [sys.executable, "-c", PEAK, str(tmp_path / "a.png")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 250 << 10
 
 
 def test_stopping_early_ends_the_threads_that_wait(
