@@ -1,21 +1,23 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.backbones.build import build_encoder, load_encoder
+from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.batch import Loader, Method
-from fastidmm.chance import Counters
+from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.optim import Schedule, adamw, lr_schedule
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import Record, encoder_weights
+from fastidmm.record import Record, encoder_weights, start_of
 from fastidmm.registry import find
-from fastidmm.store import Store, folder_of, open_store, stratified
+from fastidmm.store import Store, folder_of, has_split, open_store, stratified
 
 CROPS_PER_CPU_PASS = 128  # more at once leave the cache, and are slower
 
@@ -31,6 +33,9 @@ class State:
     micro_batches: int = 1
     skipped: float = 0.0  # steps skipped since the last metric line
     seconds: float = 0.0  # spent training
+    best: float = 0.0  # score on the held-out images, and the step it was reached at
+    best_step: int = 0
+    ended: bool = False  # before the last step, since the score rose no longer
 
 
 @dataclass(slots=True)
@@ -46,21 +51,62 @@ class Parts:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     dtype: torch.dtype
+    judge: Store | None  # the images that a classifier is scored on while it learns
     state: State = field(default_factory=State)
 
 
 def training_rows(recipe: Recipe) -> Store:
     """The training split a recipe asks for, memory-mapped."""
     store = open_store(folder_of(recipe.run.dataset), "train")
-    num = recipe.run.num_images
-    if num > len(store):
-        raise UsageError(f"run.num_images is {num}, and the store has {len(store)} images.")
-    store = store.select(stratified(store.label, num, recipe.run.seed)) if num else store
+    if recipe.run.holdout or recipe.run.num_images:
+        store = store.select(split_rows(recipe, store)[0])
     if len(store) < 2:
         raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
     if find("method", recipe.run.method).needs_labels:
         check_labels(store, recipe.run.dataset)
     return store
+
+
+def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
+    """Rows of the training split to learn from, and those held out: int64, each in its order.
+
+    Both are functions of the labels and the run's seed; every class is held out in its share.
+    """
+    run, labels = recipe.run, store.label
+    learnt = torch.ones(len(store), dtype=torch.bool)
+    held = torch.zeros(0, dtype=torch.int64)
+    if run.holdout:
+        num = round(run.holdout * len(store))
+        held = stratified(labels, num, run.seed, Use.HOLDOUT)
+        learnt[held] = False
+        lost = set(labels.tolist()) - set(labels[learnt].tolist())
+        if not num or lost:
+            what = "hold no image out" if not num else f"leave {len(lost)} classes no image"
+            raise UsageError(f"--holdout {run.holdout:g} would {what} of {len(store)}: change it.")
+    rows = learnt.nonzero()[:, 0]
+    if run.num_images > len(rows):
+        raise UsageError(
+            f"run.num_images is {run.num_images}, and the store has {len(rows)} images."
+        )
+    if run.num_images:
+        rows = rows[stratified(labels[rows], run.num_images, run.seed)]
+    return rows, held
+
+
+def judging_rows(recipe: Recipe, store: Store) -> Store | None:
+    """Images to score a classifier on while it learns: held-out ones, else the test split.
+
+    On the device of `store`, the training rows, whose pixels the held-out ones share.
+    """
+    run, device = recipe.run, store.pixels.device
+    if not find("method", run.method).needs_labels:
+        return None
+    if run.holdout:
+        whole = open_store(folder_of(run.dataset), "train")
+        return replace(whole.select(split_rows(recipe, whole)[1]), pixels=store.pixels).to(device)
+    if has_split(run.dataset, "test"):
+        return open_store(folder_of(run.dataset), "test").to(device)
+    return None
 
 
 def check_labels(store: Store, name: str) -> None:
@@ -108,16 +154,17 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     counters = Counters(run.seed)
     method = build_method(recipe, store, counters)
     if run.init and checkpoint.newest(record.checkpoints) is None:
-        source = record.folder / run.init
-        loaded = load_encoder(method.backbone, encoder_weights(source), source=str(source))
-        say(f"{loaded}, head new: from {source.resolve().parent.parent}")
+        say(initialise(method, record.folder, recipe))
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader: Loader = find("loader", run.loader)(
         store, method, counters, batch_size=run.batch_size, dtype=dtype
     )
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
-    parts = Parts(recipe, record, store, method, loader, counters, optimizer, schedule, dtype)
+    judge = judging_rows(recipe, store) if split is None else None
+    parts = Parts(
+        recipe, record, store, method, loader, counters, optimizer, schedule, dtype, judge
+    )
     if run.micro_batches > 1 and not method.can_be_cut():
         raise UsageError(
             f"run.micro_batches = {run.micro_batches}: with {run.method} on {run.backbone} a "
@@ -125,6 +172,20 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
         )
     parts.state.micro_batches = run.micro_batches or _first_guess(parts, device)
     return parts
+
+
+def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
+    """Load what a recipe's `run.init` names into a method; what was loaded, in words."""
+    source = start_of(folder, recipe.run.init)
+    if source is None:
+        return "random weights"
+    if recipe.run.init_head:
+        (state,), _ = checkpoint.load(source, checkpoint.MODEL)
+        loaded = load_weights(method, state, source=str(source)) + ", head included"
+    else:
+        loaded = load_weights(method.backbone, encoder_weights(source), source=str(source))
+        loaded += ", head new"
+    return f"{loaded}: from {source.parent.parent}"
 
 
 def _first_guess(parts: Parts, device: torch.device) -> int:
@@ -142,6 +203,7 @@ class Cadence:
 
     log: int
     knn: int
+    score: int
     checkpoint: int
 
     @classmethod
@@ -151,6 +213,7 @@ class Cadence:
         return cls(
             log=run.log_every or (1 if epoch < 10 else epoch // 10),
             knn=run.knn_every * epoch,
+            score=run.score_every * epoch,
             checkpoint=run.checkpoint_every * epoch,
         )
 

@@ -27,6 +27,7 @@ def _rising(area: Range) -> Range:
 
 Area = Annotated[Range, AfterValidator(_rising)]  # shares of an image's area
 Interpolation = Literal["bilinear", "bicubic"]
+Mix = Literal["none", "cutmix", "mixup"]
 
 
 class Options(BaseModel):
@@ -54,9 +55,10 @@ class ViewGroup:
     blur: float = 0.0
     sigma: Range = (0.1, 2.0)  # px of the crop
     solarize: float = 0.0
+    randaugment: int = 0  # operations drawn, each applied with probability 1/2
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    mix: Literal["none", "cutmix"] = "none"
+    mix: Mix | Literal["alternate"] = "none"  # alternate: Mixup in even epochs, CutMix in odd ones
     alpha: float = 0.5  # of the Beta distribution of mixing weights
 
 
@@ -150,6 +152,10 @@ class Method(nn.Module):
         """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""
         norms = (nn.modules.batchnorm._BatchNorm,)
         return self.rows_independent and not any(isinstance(m, norms) for m in self.modules())
+
+    def classifier(self) -> nn.Module | None:
+        """Images to logits of the classes, from a method that learns them."""
+        return None
 
     def backbone_for_export(self) -> nn.Module:
         """The backbone whose weights a run is for."""

@@ -27,6 +27,8 @@ class Use(IntEnum):
     PARTNER = 3
     DROP = 4
     SUBSET = 5
+    OPERATION = 6
+    HOLDOUT = 7
 
 
 def _multiply(a: int, b: Tensor | int) -> tuple[Tensor | int, Tensor | int]:

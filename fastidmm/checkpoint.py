@@ -24,7 +24,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final = folder / f"step_{step:09d}"
+    final = at(folder, step)
     aside = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".step_*"):  # by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
@@ -58,6 +58,11 @@ def found(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run."""
     return next(reversed(found(folder)), None)
+
+
+def at(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint after so many steps."""
+    return folder / f"step_{step:09d}"
 
 
 def step_of(path: Path) -> int:

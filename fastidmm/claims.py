@@ -22,6 +22,7 @@ class Arm:
 
     score: Score
     epochs: int = 0
+    best: dict[str, Any] | None = None  # the highest of the test scores while it learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ def _name(key: str) -> str:
 def _arm(value: dict[str, Any] | None) -> Arm | None:
     if value is None:
         return None
-    return Arm(Score(value["correct"], value["num"]), value.get("epochs", 0))
+    score = Score(value["correct"], value["num"])
+    return Arm(score, value.get("epochs", 0), value.get("best"))
 
 
 def verdict(found: Sequence[Measure], *, num_train: int, num_test: int) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastidmm.errors import FastidmmError
+from fastidmm.errors import FastidmmError, UsageError
 
 if TYPE_CHECKING:
     from fastidmm.recipe import Recipe
@@ -48,6 +48,10 @@ ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a cro
 SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+HoldoutOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),
+]
 ExactOption = Annotated[
     bool | None, typer.Option("--exact/--no-exact", help="The same bits every time, slower.")
 ]
@@ -73,30 +77,48 @@ def recipe_settings(**flags: Any) -> dict[str, Any]:
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Option(help="One of `fastidmm list`.")],
-    source: Annotated[Path | None, typer.Option("--from", help="A folder already on disk.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="One of `fastidmm list`.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A folder, archive or CSV already on disk.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What to call it. [default: --dataset]")] = None,
     max_side: Annotated[int, typer.Option(min=0, help="Longest side kept, px; 0: any.")] = 1024,
     shard_size: Annotated[int, typer.Option(min=0, help="Pixels in a file, GB; 0: any.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
+    listing: Annotated[bool, typer.Option("--list", help="Show what can be prepared.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Fetch the weights of one of timm's models.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode photographs once.
+    """Fetch and decode photographs once.
 
     Example: fastidmm prepare --dataset folder --from ~/photos --name mine
     """
+    if sum((dataset is not None, listing, weights is not None)) != 1:
+        raise UsageError("say what to prepare: one of --dataset NAME, --list and --weights NAME.")
+    if listing:
+        from fastidmm.catalogue import as_dicts, as_lines, catalogue
+
+        entries = catalogue()
+        return answer(as_dicts(entries), as_json, lambda: "\n".join(as_lines(entries)))
+    if weights is not None:
+        from fastidmm.weights import fetch_weights
+
+        place = str(fetch_weights(weights))
+        return answer({"weights": weights, "folder": place}, as_json, f"{weights}: in {place}")
     from fastidmm.prepare import prepare as run
     from fastidmm.registry import find
 
-    opened = find("dataset", dataset)().open(from_=source, seed=seed)
+    opened = find("dataset", str(dataset))().open(from_=source, seed=seed)
     summary = run(
         opened,
-        name or dataset,
+        name or str(dataset),
         max_side=max_side,
         shard_bytes=shard_size * 10**9,
         quiet=as_json,
     )
-    answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
+    return answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 
 
 def _recipe(
@@ -127,6 +149,7 @@ def pretrain(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -140,7 +163,7 @@ def pretrain(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact,
+        precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     found = stages.pretrain(_recipe(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -158,6 +181,7 @@ def finetune(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
@@ -172,7 +196,7 @@ def finetune(
 
     settings = recipe_settings(
         resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone, seed=seed,
-        device=device, precision=precision, exact=exact,
+        device=device, precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
     found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
@@ -185,10 +209,10 @@ def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOpti
 
     Example: fastidmm evaluate
     """
-    from fastidmm import stages
+    from fastidmm import scoring
 
-    found = stages.evaluate(_run(named or run))
-    answer(found, as_json, lambda: stages.evaluation_text(found))
+    found = scoring.evaluate(_run(named or run))
+    answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 
 @app.command()
@@ -216,6 +240,7 @@ def run_all(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     exact: ExactOption = None,
+    holdout: HoldoutOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -224,15 +249,16 @@ def run_all(
 
     Example: fastidmm run --dataset mine
     """
-    from fastidmm import stages
+    from fastidmm import scoring
     from fastidmm.run import run_all as run_all_stages
 
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, epochs=epochs, batch_size=batch_size,
         resolution=resolution, seed=seed, device=device, precision=precision, exact=exact,
+        holdout=holdout,
     )  # fmt: skip
     found = run_all_stages(_recipe(recipe, settings, assignments), run)
-    answer(found, as_json, lambda: stages.evaluation_text(found) + f"\n\n{found['report']}")
+    answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")
 
 
 @app.command()
@@ -304,9 +330,14 @@ def _finished(found: dict[str, Any], following: str) -> str:
     from fastidmm.evaluate import Score
     from fastidmm.progress import SHOWN
 
-    numbers = [f"{k.replace('_', ' ')} {found[k]:.3f}" for k in SHOWN if k in found]
-    if test := found.get("test_top1"):
-        numbers.append(f"test top1 {Score(test['correct'], test['num'])}")
+    shown = {k: found[k] for k in SHOWN if isinstance(found.get(k), float)}
+    numbers = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in shown.items()]
+    for split in ("holdout", "test"):
+        if last := found.get(f"{split}_top1"):
+            numbers.append(f"{split} top1 {Score(last['correct'], last['num'])}")
+            if (best := found[f"best_{split}_top1"])["of"] > 1:
+                share = f"{100 * best['value']:.1f} % in epoch {best['epoch']}"
+                numbers.append(f"best {share}, selected on {split} images")
     first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
     first = ", ".join([first, *numbers])
     return "\n".join([first, *([f"next: {following}"] if following else [])])

@@ -11,7 +11,7 @@ from typing import Any
 from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import RECIPE, Record
-from fastidmm.stages import finetune_tables
+from fastidmm.stages import finetune_tables, high_tables
 
 FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
 LONGEST_NAME = 64
@@ -56,12 +56,13 @@ class Stage:
     @property
     def finished(self) -> bool:
         """Whether all steps were made."""
-        return self.steps == self.record.recipe.run.epochs * self.steps_per_epoch
+        every_step = self.record.recipe.run.epochs * self.steps_per_epoch
+        return self.steps == every_step or self.record.state.get("ended", False)
 
     @property
     def arm(self) -> str:
         """Which side of the comparison it is on."""
-        return "pretrained" if self.record.recipe.run.init else "random"
+        return "pretrained" if self.record.pretrained else "random"
 
     @property
     def score_name(self) -> str:
@@ -82,7 +83,8 @@ def missing(
             steps.append((whole, f"fastidmm resume {name}"))
     if not scorable:
         return steps
-    like = _flags(tuned[-1]) if tuned else []
+    first = [stage for stage in tuned if not stage.record.recipe.run.init_head]
+    like = _flags(first[-1]) if first else []
     for arm, start, scratch in (
         ("pretrained", "the pretrained weights", []),
         ("random", "random weights, to compare with", ["--scratch"]),
@@ -126,8 +128,11 @@ def _others(run: Stage, stage: Stage) -> list[str]:
     """`--set` for all in which a stage's recipe differs from what its flags alone would give."""
     own = stage.record.recipe
     settings = {f"run.{key}": getattr(own.run, key) for key in FLAGS}
-    tables = with_settings(finetune_tables(run.record, pretrained=False), settings, [])
-    usual = Recipe.of(tables).tables()
+    if stage.record.init and own.run.init_head:
+        tables = high_tables(Record(stage.record.init.parent.parent))
+    else:
+        tables = finetune_tables(run.record, pretrained=False)
+    usual = Recipe.of(with_settings(tables, settings, [])).tables()
     return [
         shlex.join(["--set", f"{table}.{key}={json.dumps(value)}"])
         for table, values in own.tables().items()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastidmm.augment import render_plain
 from fastidmm.batch import ViewGroup
+from fastidmm.kernels.views import plain_views
 from fastidmm.plan import central_crops
 from fastidmm.store import Store
 
@@ -86,7 +86,7 @@ def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dty
                 size=resolution,
                 resize=round(resolution * 256 / 224),
             )
-            images = render_plain(store, crops, PLAIN)
+            images = plain_views(store, crops, PLAIN)
             # Around the model only: a resize in bfloat16 would be off by 2/255.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = model(images.contiguous(memory_format=torch.channels_last))
@@ -97,7 +97,7 @@ def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dty
 def knn(
     train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int, *, own: bool = False
 ) -> Tensor:
-    """Predicted classes by weighted kNN over cosine similarity: (M,) int64.
+    """Votes for each class by weighted kNN over cosine similarity: (M, classes) float32.
 
     k = 20, weights exp(similarity / 0.07): Wu et al., CVPR 2018. With `own`, test rows are the
     train rows, and none is its own neighbour (leave-one-out).
@@ -113,12 +113,12 @@ def knn(
             similar[place, start + place] = -torch.inf
         top, rows = similar.topk(k, dim=1)
         weights = torch.exp((top - 1) / TEMPERATURE)[..., None]
-        found.append((classes[rows] * weights).sum(dim=1).argmax(dim=1))
+        found.append((classes[rows] * weights).sum(dim=1))
     return torch.cat(found)
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
-    """Predicted classes by logistic regression on standardised features: (M,) int64.
+    """Logits of a logistic regression on standardised features: (M, classes) float32.
 
     Full-batch L-BFGS from zero, weight decay 1e-2: the same for every backbone compared.
     """
@@ -139,9 +139,29 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
             return loss
 
         solver.step(closure)
-    return (((test - mean) / deviation) @ weight.detach().T + bias.detach()).argmax(dim=1)
+    return ((test - mean) / deviation) @ weight.detach().T + bias.detach()
 
 
-def score(predicted: Tensor, labels: Tensor) -> Score:
-    """How many predictions are right."""
-    return Score(correct=int((predicted == labels).sum()), num=labels.numel())
+def score(found: Tensor, labels: Tensor, *, top: int = 1) -> Score:
+    """How often the right class is among the `top` of (M, classes) logits or votes."""
+    right = found.topk(top, dim=1).indices == labels[:, None]
+    return Score(correct=int(right.sum()), num=labels.numel())
+
+
+def measured(found: Tensor, labels: Tensor) -> dict[str, Any]:
+    """All there is to say of (M, classes) logits or votes, for JSON.
+
+    Top-1 with its interval; top-5, where there are more classes than that; right answers and
+    images of each class; [class, class it was taken for, how often], the most frequent first.
+    """
+    num_classes, taken = found.shape[1], found.topk(1, dim=1).indices[:, 0]
+    table = (labels * num_classes + taken).bincount(minlength=num_classes**2)
+    table = table.view(num_classes, num_classes)
+    wrong = table.clone().fill_diagonal_(0)
+    pairs = sorted(wrong.nonzero().tolist(), key=lambda pair: -int(wrong[pair[0], pair[1]]))
+    return {
+        **score(found, labels).as_dict(),
+        "top5": score(found, labels, top=5).as_dict() if num_classes > 5 else None,
+        "per_class": torch.stack((table.diagonal(), table.sum(dim=1)), dim=1).tolist(),
+        "confusion": [[true, other, int(wrong[true, other])] for true, other in pairs],
+    }

@@ -1,8 +1,8 @@
 """What chance decides in one step, as data: a pure function of (seed, attempt, step).
 
-The algorithms are torchvision's (RandomResizedCrop, ColorJitter) and the IDMM paper's (CutMix); the
-numbers come from counters. One operation per tensor call, so that CPU and GPU agree to the bit on
-every integer. Never compiled.
+The algorithms are torchvision's (RandomResizedCrop, ColorJitter) and the IDMM paper's (RandAugment,
+CutMix, Mixup); the numbers come from counters. One operation per tensor call, so that CPU and GPU
+agree to the bit on every integer. Never compiled.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastidmm.batch import Interpolation, ViewGroup
+from fastidmm.batch import Interpolation, Mix, ViewGroup
 from fastidmm.chance import (
     Counters,
     Use,
@@ -26,6 +26,7 @@ from fastidmm.chance import (
     philox,
     ratio_table,
 )
+from fastidmm.randaugment import LEVELS, NONE, OPERATIONS
 
 TRIES = 10
 BLOCKS = 10  # of four words per crop: 5 for the tries, 5 for the rest
@@ -56,8 +57,13 @@ class GroupPlan:
     blur: Tensor
     sigma: Tensor  # (C,) float32
     solarize: Tensor
-    partner: Tensor  # (C,) int64: the crop of this group that is pasted in
-    box: Tensor  # (C, 4) int64: top, left, bottom, right of the pasted part
+    operation: Tensor  # (C, n) int64: RandAugment's, as are level, negative (bool), spot (C, n, 2)
+    level: Tensor
+    negative: Tensor
+    spot: Tensor
+    mix: Mix
+    partner: Tensor  # (C,) int64: the crop of this group that is pasted or blended in
+    box: Tensor  # (C, 4) int64: top, left, bottom, right of the part that CutMix pastes
     weight: Tensor  # (C,) float32: share of the crop that stays its own
 
 
@@ -120,7 +126,11 @@ def _draw_group(
     words = philox(counter, counters.key(Use.CROP)).flatten(1)  # (C, 4 * BLOCKS)
     high, wide = sizes[0][crop_rows].long(), sizes[1][crop_rows].long()
     box = resized_crop_box(words[:, :24], high, wide, group)
-    partner, paste, weight = _draw_mix(group, rows.numel(), counters, when, cutmix_groups, words)
+    mix = mix_of(group, when[0])
+    partner, paste, weight = _draw_mix(group, mix, rows, counters, when, cutmix_groups)
+    operation, level, negative, spot = _draw_operations(
+        group, crop_rows, crop_views, counters, when[0]
+    )
     ranges = (group.brightness, group.contrast, group.saturation, group.hue)
     factors = torch.stack([between(words[:, 26 + i], *r) for i, r in enumerate(ranges)], dim=1)
     return GroupPlan(
@@ -133,6 +143,11 @@ def _draw_group(
         blur=happens(words[:, 30], group.blur),
         sigma=between(words[:, 31], *group.sigma).float(),
         solarize=happens(words[:, 32], group.solarize),
+        operation=operation,
+        level=level,
+        negative=negative,
+        spot=spot,
+        mix=mix,
         partner=partner,
         box=paste,
         weight=weight,
@@ -201,23 +216,49 @@ def central_crops(rows: Tensor, high: Tensor, wide: Tensor, *, size: int, resize
     return Crops(rows, corner * scale, scale, window, size, "bicubic")
 
 
+def _draw_operations(
+    group: ViewGroup, rows: Tensor, views: Tensor, counters: Counters, epoch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RandAugment's operations, levels, signs and spots, independent of one another."""
+    num = group.randaugment
+    blocks = torch.arange(2 * num, device=rows.device)
+    counter = (epoch, rows[:, None], views[:, None], blocks)
+    words = philox(counter, counters.key(Use.OPERATION)).view(rows.numel(), num, 8)
+    drawn = below(words[..., 0], len(OPERATIONS))
+    operation = torch.where(happens(words[..., 1], 0.5), drawn, NONE)
+    level = 1 + below(words[..., 2], LEVELS)
+    return operation, level, happens(words[..., 3], 0.5), below(words[..., 4:6], group.size)
+
+
+def mix_of(group: ViewGroup, epoch: int) -> Mix:
+    """How crops of a group are mixed in an epoch, counted from 0."""
+    if group.mix == "alternate":
+        return "cutmix" if epoch % 2 else "mixup"
+    return group.mix
+
+
 def _draw_mix(
     group: ViewGroup,
-    num_rows: int,
+    mix: Mix,
+    rows: Tensor,
     counters: Counters,
     when: tuple[int, int, int],
     cutmix_groups: int,
-    words: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partners, pasted boxes and weights: (C,), (C, 4), (C,)."""
-    num_crops, device = words.shape[0], words.device
+    num_crops, device = rows.numel() * group.count, rows.device
     place = torch.arange(num_crops, device=device)
-    if group.mix == "none":
-        return place, torch.zeros_like(words[:, :4]), torch.ones(num_crops, device=device)
-    part = _parts(num_rows, cutmix_groups, device).repeat(group.count)
+    if mix == "none":
+        nothing = torch.zeros(num_crops, 4, dtype=torch.int64, device=device)
+        return place, nothing, torch.ones(num_crops, device=device)
+    part = _parts(rows.numel(), cutmix_groups, device).repeat(group.count)
     partner = _partners(part, philox((*when, place), counters.key(Use.PARTNER)))
     parts = torch.arange(cutmix_groups, device=device)
-    box, weight = cutmix_box(philox((*when, parts), counters.key(Use.MIX)), group)
+    words = philox((*when, parts), counters.key(Use.MIX))
+    if mix == "mixup":
+        weight = folded(words, group).float()
+        return partner, torch.zeros_like(words)[part], weight[part]
+    box, weight = cutmix_box(words, group)
     return partner, box[part], weight[part]
 
 
@@ -238,13 +279,18 @@ def _partners(part: Tensor, words: Tensor) -> Tensor:
     return partner
 
 
+def folded(words: Tensor, group: ViewGroup) -> Tensor:
+    """Mixing weights from Beta(alpha, alpha), folded to at least 1/2: (P, 4) to (P,) float64."""
+    drawn = look_up(beta_table(group.alpha, words.device), words[:, 0])
+    return torch.maximum(drawn, 1 - drawn)
+
+
 def cutmix_box(words: Tensor, group: ViewGroup) -> tuple[Tensor, Tensor]:
     """CutMix as IDMM draws it: weight folded to at least 1/2, box clipped, weight made exact.
 
     words (P, 4); returns boxes (P, 4) int64 and weights (P,) float32.
     """
-    drawn = look_up(beta_table(group.alpha, words.device), words[:, 0])
-    cut = torch.sqrt(1 - torch.maximum(drawn, 1 - drawn))
+    cut = torch.sqrt(1 - folded(words, group))
     half = (cut * group.size).floor().long() // 2
     centre = below(words[:, 1:3], group.size)
     low = (centre - half[:, None]).clamp(0, group.size)

@@ -40,9 +40,13 @@ class RunOptions(Options):
     exact: bool = False
     num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all
     init: str = ""  # a checkpoint's folder, relative to the run's; "": random weights
+    init_head: bool = False  # take its classifier too
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training split kept out of it
+    patience: Auto = 0  # epochs without a better held-out score that end a stage; 0: never
     micro_batches: Auto = 0
     log_every: Auto = 0  # steps
     knn_every: Auto = 0  # epochs
+    score_every: Count = 20  # epochs between scores on held-out or else on test images
     checkpoint_every: Auto = 0  # epochs
 
 
@@ -55,6 +59,15 @@ class FinetuneOptions(Options):
     lr: Annotated[float, Field(gt=0)] | None = None  # unset: the pretraining's
 
 
+class FinetuneHighOptions(Options):
+    """The table `[finetune_high]`: the stage that goes on from a fine-tuned one, enlarged."""
+
+    epochs: Auto = 100  # 0: `fastidmm run` has no such stage
+    batch_size: Count = 128
+    resolution: Auto = 0  # 0: twice that of [finetune]
+    lr: Annotated[float, Field(gt=0)] | None = None  # unset: the backbone's own for this stage
+
+
 class Recipe(BaseModel):
     """All tables, checked."""
 
@@ -65,6 +78,8 @@ class Recipe(BaseModel):
     backbone: BackboneOptions
     method: SerializeAsAny[Options]
     finetune: FinetuneOptions
+    finetune_high: FinetuneHighOptions
+    supervised: SerializeAsAny[Options]  # the table [method] of fine-tuning stages
 
     @classmethod
     def of(cls, tables: Tables) -> "Recipe":
@@ -82,6 +97,8 @@ class Recipe(BaseModel):
                 f"optim.warmup_epochs is {optim.warmup_epochs:g}, more than the {run.epochs} "
                 "epochs of the run: lower it or leave it out."
             )
+        if run.patience and not run.holdout:
+            raise UsageError("run.patience needs images to judge by: give --holdout 0.1, too.")
         # Up to ten looks at the features and twenty checkpoints a run, unless told otherwise.
         cadence = {
             "knn_every": run.knn_every or max(2, -(-run.epochs // 10)),
@@ -94,12 +111,17 @@ class Recipe(BaseModel):
             if optim.warmup_epochs is None
             else optim.warmup_epochs,
         }
+        finetune = _checked("finetune", FinetuneOptions, tables)
+        high = _checked("finetune_high", FinetuneHighOptions, tables)
+        twice = {"resolution": high.resolution or 2 * finetune.resolution}
         return cls(
             run=run.model_copy(update=cadence),
             optim=optim.model_copy(update=settled),
             backbone=_checked("backbone", BackboneOptions, tables),
             method=_checked("method", method.Options, tables),
-            finetune=_checked("finetune", FinetuneOptions, tables),
+            finetune=finetune,
+            finetune_high=high.model_copy(update=twice),
+            supervised=_checked("supervised", find("method", "supervised").Options, tables),
         )
 
     def tables(self) -> Tables:

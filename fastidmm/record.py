@@ -90,7 +90,45 @@ class Record:
     @property
     def finished(self) -> bool:
         """Whether all steps are made and kept."""
-        return self.steps == self.total_steps
+        return self.state.get("ended", False) or self.steps == self.total_steps
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the newest checkpoint holds besides tensors; empty before the first."""
+        newest = checkpoint.newest(self.checkpoints)
+        state: dict[str, Any] = checkpoint.load(newest)[1] if newest else {}
+        return state
+
+    @property
+    def best(self) -> Path:
+        """Where the checkpoint that did best on held-out images lies."""
+        return self.folder / "best"
+
+    @property
+    def result(self) -> Path:
+        """The checkpoint that counts: the best on held-out images, or else the newest."""
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None:
+            raise UsageError(f"{self.folder} has no checkpoint: `fastidmm resume {self.folder}`.")
+        step = self.state.get("best_step", 0)
+        return checkpoint.at(self.best, step) if step else newest
+
+    @property
+    def resolution(self) -> int:
+        """Side of its crops, px."""
+        return self.recipe.run.resolution
+
+    @property
+    def init(self) -> Path | None:
+        """The checkpoint this starts from, if any."""
+        return start_of(self.folder, self.recipe.run.init)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it goes back to pretrained weights, directly or by an earlier stage."""
+        if self.init is None or not self.recipe.run.init_head:
+            return self.init is not None
+        return Record(self.init.parent.parent).pretrained
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,6 +209,11 @@ def run_folder(name: str) -> Path:
     return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
 
 
+def start_of(folder: Path, init: str) -> Path | None:
+    """The checkpoint that `run.init` means in a stage's folder, which may not be there yet."""
+    return Path(os.path.normpath(folder / init)) if init else None
+
+
 def free_folder(folder: Path) -> Path:
     """The folder itself where that is not taken yet, the same with a number otherwise."""
     number, free = 1, folder
@@ -209,10 +252,7 @@ def stages(folder: Path) -> list[Path]:
 
 def newest_weights(folder: Path) -> dict[str, Tensor]:
     """The encoder's weights in a run's newest checkpoint."""
-    path = checkpoint.newest(folder / "checkpoints")
-    if path is None:
-        raise UsageError(f"{folder} has no checkpoint yet: `fastidmm resume {folder}` goes on.")
-    return encoder_weights(path)
+    return encoder_weights(Record(folder).result)
 
 
 def encoder_weights(path: Path) -> dict[str, Tensor]:

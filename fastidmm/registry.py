@@ -6,8 +6,17 @@ from typing import Any
 from fastidmm.errors import UsageError, did_you_mean
 
 DATASETS = {
+    "aircraft": "fastidmm.datasets.aircraft:Aircraft",
+    "cars": "fastidmm.datasets.cars:Cars",
+    "cub": "fastidmm.datasets.cub:CUB",
     "demo": "fastidmm.datasets.demo:Demo",
+    "dtd": "fastidmm.datasets.dtd:DTD",
+    "flowers": "fastidmm.datasets.flowers:Flowers",
     "folder": "fastidmm.datasets.folder:Folder",
+    "imagenet": "fastidmm.datasets.imagenet:ImageNet",
+    "indoor67": "fastidmm.datasets.indoor67:Indoor67",
+    "pets": "fastidmm.datasets.pets:Pets",
+    "sin10k": "fastidmm.datasets.sin10k:SIN10k",
 }
 METHODS = {
     "idmm": "fastidmm.methods.idmm:IDMM",
@@ -25,6 +34,7 @@ LOADERS = {
 }
 KERNELS = {
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
+    "views": "fastidmm.kernels.views:views",
 }
 TABLES = {
     "dataset": DATASETS,

@@ -19,7 +19,7 @@ from fastidmm.curves import Series, chart
 from fastidmm.errors import DataError, FastidmmError, UsageError
 from fastidmm.pictures import Shown, shown
 from fastidmm.record import RECIPE, Record, stages
-from fastidmm.stages import EVALUATION
+from fastidmm.scoring import EVALUATION, looks
 from fastidmm.store import Store, folder_of, open_store, read_json
 
 REPORT = "report.html"
@@ -79,6 +79,7 @@ def _facts(stage: Stage) -> dict[str, Any]:
         "data": data,
         "evaluation": evaluation,
         "measures": measures(scores) if scores else [],
+        "looks": looks(run),
         "verdict": _verdict(data, evaluation),
         "missing": missing(stage, tuned, scores, scorable=data.scorable),
         "seconds": checkpoint.load(newest)[1]["seconds"] if newest else 0.0,

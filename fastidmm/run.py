@@ -8,7 +8,8 @@ from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.registry import find
 from fastidmm.report import write
-from fastidmm.stages import evaluate, finetune, pretrain, scored_splits
+from fastidmm.scoring import evaluate, scored_splits
+from fastidmm.stages import finetune, pretrain
 from fastidmm.store import prepared
 
 
@@ -21,4 +22,6 @@ def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)
+    if recipe.finetune_high.epochs:
+        finetune(folder, {"run.resolution": recipe.finetune_high.resolution}, [])
     return {**evaluate(folder), "report": str(write(folder))}

@@ -1,28 +1,28 @@
-"""The commands' work: pretrain, fine-tune, evaluate, and all of it in a row."""
+"""The commands' work: pretrain, fine-tune, resume."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastidmm import checkpoint
-from fastidmm.assemble import build_method, check_labels, training_rows
-from fastidmm.backbones.build import build_encoder, load_encoder
-from fastidmm.batch import Method
+from fastidmm.assemble import build_method, initialise, training_rows
+from fastidmm.backbones.build import backbone
+from fastidmm.batch import Method, Options
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import Score, knn, linear_probe, outputs, score
-from fastidmm.machine import device_of, dtype_of, set_up
-from fastidmm.progress import SHOWN, say
-from fastidmm.recipe import Recipe, with_settings
-from fastidmm.record import RECIPE, Record, free_folder, newest_weights, run_folder, stages
-from fastidmm.registry import find
-from fastidmm.store import Store, folder_of, has_split, open_store
+from fastidmm.evaluate import Score
+from fastidmm.machine import device_of
+from fastidmm.progress import SHOWN
+from fastidmm.recipe import Recipe, Tables, with_settings
+from fastidmm.record import RECIPE, Record, free_folder, run_folder, stages
+from fastidmm.scoring import best
+from fastidmm.store import Store
 from fastidmm.train import train
 
-EVALUATION = "evaluation.json"
+# What a stage takes over from the run, or the stage, that it starts from.
+KEPT = (
+    "dataset", "backbone", "loader", "seed", "device", "precision", "exact", "num_images",
+    "holdout", "patience", "score_every",
+)  # fmt: skip
 
 
 def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
@@ -45,66 +45,83 @@ def tried(recipe: Recipe, store: Store) -> Method:
 def finetune(
     run: Path, settings: dict[str, Any], assignments: list[str], *, pretrained: bool = True
 ) -> dict[str, Any]:
-    """Fine-tune a run's backbone, or the same one from random weights, in a stage folder."""
+    """Fine-tune a run's backbone, or the same one from random weights, in a stage folder.
+
+    At a higher resolution than the run's first stage has, it goes on from the newest stage.
+    """
     parent = Record(run)
     wanted = settings.get("run.backbone")
     if (run.parent / RECIPE).exists():
         raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
     if wanted not in (None, parent.recipe.run.backbone):
         raise UsageError(f"{run} was trained with {parent.recipe.run.backbone}, not {wanted}.")
-    if any(text.strip().startswith("finetune.") for text in assignments):
+    if any(text.strip().startswith(("finetune", "supervised.")) for text in assignments):
         raise UsageError(
-            "[finetune] is read when a run begins; here, set the stage's own keys: run.epochs, "
-            "run.batch_size, run.resolution, optim.lr."
+            "[finetune], [finetune_high] and [supervised] are read when a run begins; here, set "
+            "the stage's own keys, such as run.batch_size, optim.lr or method.mix."
         )
     if pretrained and not parent.finished:
         raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
-    tables = finetune_tables(parent, pretrained=pretrained)
+    resolution = settings.get("run.resolution") or parent.recipe.finetune.resolution
+    start = stage_below(parent, resolution, pretrained=pretrained)
+    tables = high_tables(start) if start else finetune_tables(parent, pretrained=pretrained)
     recipe = Recipe.of(with_settings(tables, settings, assignments))
-    store = training_rows(recipe)
-    method = tried(recipe, store)
-    if pretrained:
-        load_encoder(method.backbone, newest_weights(run), source=str(run))
     name = f"{'finetune' if pretrained else 'scratch'}-{recipe.run.resolution}"
-    record = Record.create(free_folder(run / name), recipe, store)
+    folder = free_folder(run / name)
+    initialise(tried(recipe, training_rows(recipe)), folder, recipe)
+    record = Record.create(folder, recipe, training_rows(recipe))
     train(record)
     return summary(record)
 
 
-def finetune_tables(parent: Record, *, pretrained: bool) -> dict[str, dict[str, Any]]:
-    """The recipe of a fine-tuning stage, from its run's recipe."""
+def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record | None:
+    """The newest stage of a lower resolution, for one above the run's first; None: begin anew."""
+    if resolution <= parent.recipe.finetune.resolution:
+        return None
+    found = [Record(folder) for folder in stages(parent.folder)]
+    below = [s for s in found if s.pretrained == pretrained and s.resolution < resolution]
+    if below and not below[-1].finished:
+        raise UsageError(
+            f"{below[-1].folder} is not finished: `fastidmm resume {parent.folder}` goes on."
+        )
+    return below[-1] if below else None
+
+
+def finetune_tables(parent: Record, *, pretrained: bool) -> Tables:
+    """The recipe of a first fine-tuning stage, from its run's recipe."""
     old = parent.recipe
     settings = old.finetune.model_dump(exclude_none=True)
+    lr = settings.pop("lr", old.optim.lr)
+    if pretrained:
+        settings["init"] = os.path.join("..", os.path.relpath(parent.result, parent.folder))
+    return _stage_tables(old, settings, lr, old.supervised)
+
+
+def high_tables(start: Record) -> Tables:
+    """The recipe of the stage that goes on from `start` at a higher resolution, head and all."""
+    old, run = start.recipe, Record(start.folder.parent).recipe
+    settings = run.finetune_high.model_dump(exclude_none=True)
+    lr = settings.pop("lr", backbone(old.run.backbone).lr_high)
+    settings["init"] = os.path.join("..", os.path.relpath(start.result, start.folder.parent))
+    return _stage_tables(old, {**settings, "init_head": True}, lr, old.method)
+
+
+def _stage_tables(
+    old: Recipe, settings: dict[str, Any], lr: float | None, method: Options
+) -> Tables:
+    kept = old.run.model_dump(include=set(KEPT))
     optim = old.optim.model_dump(exclude={"warmup_epochs", "lr"})
-    optim["lr"] = settings.pop("lr", old.optim.lr)
-    newest = checkpoint.newest(parent.checkpoints)
-    if pretrained and newest is None:
-        raise UsageError(f"{parent.folder} has no checkpoint: `fastidmm resume {parent.folder}`.")
-    init = f"../checkpoints/{newest.name}" if pretrained and newest else ""
-    kept = old.run.model_dump(
-        include={
-            "dataset",
-            "backbone",
-            "loader",
-            "seed",
-            "device",
-            "precision",
-            "exact",
-            "num_images",
-        }
-    )
     return {
-        "run": {**kept, **settings, "method": "supervised", "init": init},
-        "optim": optim,
+        "run": {**kept, **settings, "method": "supervised"},
+        "optim": {**optim, "lr": lr},
         "backbone": old.backbone.model_dump(),
+        "method": method.model_dump(),
     }
 
 
 def summary(record: Record) -> dict[str, Any]:
     """What a finished stage says of itself; a fine-tuned one with its test accuracy."""
-    recipe, newest = record.recipe, checkpoint.newest(record.checkpoints)
-    last = (record.metrics() or [{}])[-1]
-    seconds = checkpoint.load(newest)[1]["seconds"] if newest else 0.0
+    recipe, last = record.recipe, (record.metrics() or [{}])[-1]
     found = {
         "run": str(record.folder),
         "dataset": recipe.run.dataset,
@@ -112,14 +129,15 @@ def summary(record: Record) -> dict[str, Any]:
         "method": recipe.run.method,
         "epochs": recipe.run.epochs,
         "steps": record.steps,
-        "seconds": round(seconds, 1),
-        "checkpoint": str(newest),
+        "seconds": round(record.state["seconds"], 1),
+        "checkpoint": str(record.result),
         **{key: last[key] for key in SHOWN if key in last},
     }
-    if find("method", recipe.run.method).needs_labels and has_split(recipe.run.dataset, "test"):
-        device = set_up(recipe.run.device, exact=recipe.run.exact)
-        test = open_store(folder_of(recipe.run.dataset), "test").to(device)
-        found["test_top1"] = classifier_score(record, test).as_dict()
+    for split in ("test", "holdout"):
+        if top := best(record, split):
+            num = last[f"{split}_num"]
+            found[f"{split}_top1"] = Score(round(last[f"{split}_top1"] * num), num).as_dict()
+            found[f"best_{split}_top1"] = top
     return found
 
 
@@ -129,107 +147,3 @@ def resume(run: Path) -> list[dict[str, Any]]:
     for record in records:
         train(record)
     return [summary(record) for record in records]
-
-
-def evaluate(run: Path) -> dict[str, Any]:
-    """Score a run and its stages on the test split, beside random weights; kept in the folder."""
-    record = Record(run)
-    recipe = record.recipe
-    store, test = scored_splits(recipe)
-    device = set_up(recipe.run.device, exact=recipe.run.exact)
-    store, test = store.to(device), test.to(device)
-    scores: dict[str, Any] = {
-        "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
-        "random": frozen_scores(recipe, None, store, test),
-    }
-    for folder in stages(run):
-        stage = Record(folder)
-        if not stage.finished:
-            say(f"{folder} is not finished and not scored: `fastidmm resume {run}` goes on.")
-            continue
-        key = f"finetuned_{stage.recipe.run.resolution}"
-        scores["pretrained" if stage.recipe.run.init else "random"][key] = {
-            **classifier_score(stage, test).as_dict(),
-            "epochs": stage.recipe.run.epochs,
-            "stage": folder.name,
-        }
-    found = {
-        "run": str(run),
-        "dataset": recipe.run.dataset,
-        "step": record.steps,
-        "num_train": len(store),
-        "num_test": len(test),
-        "scores": scores,
-    }
-    aside = run / f".{EVALUATION}"
-    aside.write_text(json.dumps(found, indent=2))
-    aside.replace(run / EVALUATION)
-    return found
-
-
-def scored_splits(recipe: Recipe) -> tuple[Store, Store]:
-    """Training and test split of a recipe's dataset, refused where they cannot be scored."""
-    store = training_rows(recipe)
-    check_labels(store, recipe.run.dataset)
-    return store, open_store(folder_of(recipe.run.dataset), "test")
-
-
-def frozen_scores(
-    recipe: Recipe, weights: dict[str, Tensor] | None, store: Store, test: Store
-) -> dict[str, Any]:
-    """kNN and linear probe on the features of a backbone that is not trained further."""
-    run, device = recipe.run, store.pixels.device
-    encoder = build_encoder(
-        run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
-    )
-    if weights is not None:
-        load_encoder(encoder, weights, source="the run's newest checkpoint")
-    encoder.to(device)
-    dtype = dtype_of(run.precision, device)
-    known, asked = (
-        outputs(encoder, split, resolution=run.resolution, dtype=dtype) for split in (store, test)
-    )
-    near = knn(known, store.label, asked, store.num_classes)
-    probed = linear_probe(known, store.label, asked, store.num_classes)
-    return {
-        "knn": score(near, test.label).as_dict(),
-        "linear_probe": score(probed, test.label).as_dict(),
-    }
-
-
-def classifier_score(stage: Record, test: Store) -> Score:
-    """Top-1 of a fine-tuned stage's newest checkpoint on the test split."""
-    run, device = stage.recipe.run, test.pixels.device
-    path = checkpoint.newest(stage.checkpoints)
-    if path is None:
-        raise UsageError(f"{stage.folder} has no checkpoint: `fastidmm resume {stage.folder}`.")
-    (tensors,), _ = checkpoint.load(path, checkpoint.MODEL)
-    encoder = build_encoder(
-        run.backbone, stage.recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
-    )
-    num_classes, width = tensors["head.weight"].shape
-    model = torch.nn.ModuleDict({"backbone": encoder, "head": torch.nn.Linear(width, num_classes)})
-    model.load_state_dict(tensors)
-    classifier = torch.nn.Sequential(model["backbone"], model["head"]).to(device)
-    logits = outputs(
-        classifier,
-        test,
-        resolution=run.resolution,
-        dtype=dtype_of(run.precision, device),
-    )
-    return score(logits.argmax(dim=1), test.label)
-
-
-def evaluation_text(found: dict[str, Any]) -> str:
-    """The table a person reads: pretraining beside no pretraining."""
-    scores = found["scores"]
-    names = list(dict.fromkeys([*scores["pretrained"], *scores["random"]]))
-    rows = [f"{'top-1 on ' + str(found['num_test']) + ' test images':<34}{'pretrained':<24}random"]
-    for name in names:
-        cells = [_cell(scores[arm].get(name)) for arm in ("pretrained", "random")]
-        rows.append(f"{name.replace('_', ' '):<34}{cells[0]:<24}{cells[1]}")
-    return "\n".join(rows)
-
-
-def _cell(value: dict[str, Any] | None) -> str:
-    return str(Score(value["correct"], value["num"])) if value else "not run"

@@ -142,14 +142,12 @@ def _joined(shards: list[Store], folder: Path, split: str) -> Store:
     )
 
 
-def stratified(labels: Tensor, num: int, seed: int) -> Tensor:
+def stratified(labels: Tensor, num: int, seed: int, use: Use = Use.SUBSET) -> Tensor:
     """`num` rows chosen by the seed, every class in its share, in the store's order: (num,) int64.
 
     Shares are rounded down; the largest remainders get what is left.
     """
-    shuffled = permutation(
-        philox((0, torch.arange(len(labels)), 0, 0), Counters(seed).key(Use.SUBSET))
-    )
+    shuffled = permutation(philox((0, torch.arange(len(labels)), 0, 0), Counters(seed).key(use)))
     classes, counts = labels.unique(return_counts=True)
     exact = counts.double() * num / len(labels)
     quota = exact.floor().long()

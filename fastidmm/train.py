@@ -8,11 +8,12 @@ from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
-from fastidmm.evaluate import knn, outputs, score
+from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.interrupt import Stop, stoppable
 from fastidmm.optim import update
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record
+from fastidmm.store import Store
 
 MEMORY_OF_STRIKES = 100  # steps
 
@@ -33,6 +34,9 @@ def train(record: Record) -> None:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
             while not run_attempt(parts, stop):
                 roll_back(parts)
+            if parts.state.ended:
+                best = parts.state.best_step // parts.loader.steps_per_epoch
+                say(f"ended early: no better score on held-out images since epoch {best}.")
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
@@ -55,7 +59,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
     method.train()
     batches = parts.loader.batches(state.step)
     total = record.total_steps
-    while state.step < total:
+    while state.step < total and not state.ended:
         batch = clock.wait_for(batches)
         parts.counters.step = state.step
         loss = backward(parts, batch)
@@ -65,7 +69,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
         skipped_since = skipped_since + skipped
         state.step += 1
         done = state.step == total
-        if done or every.due(state.step, every.log) or every.due(state.step, every.knn):
+        if done or any(every.due(state.step, n) for n in (every.log, every.knn, every.score)):
             line = {
                 "epoch": -(-state.step // parts.loader.steps_per_epoch),
                 "step": state.step,
@@ -77,11 +81,12 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
                 **clock.rates(),
             }
             skipped_since = torch.zeros_like(skipped_since)
-            if parts.store.num_classes > 1 and (done or every.due(state.step, every.knn)):
-                line["knn_top1"] = online_knn(parts)
-                clock.restart()
+            line |= looks(parts, every, clock, done=done)
             record.log(line)
-        keep = done or stop.requested or every.due(state.step, every.checkpoint)
+            done = done or state.ended
+        # A new best and what it is the best of must not part.
+        best = state.best_step == state.step
+        keep = done or best or stop.requested or every.due(state.step, every.checkpoint)
         if strikes(parts, record.flush(wait=keep), progress):
             return False
         if keep:
@@ -182,6 +187,22 @@ def restore(parts: Parts) -> None:
     parts.record.cut(parts.state.step)
 
 
+def looks(parts: Parts, every: Cadence, clock: Clock, *, done: bool) -> dict[str, float]:
+    """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
+    found, step = {}, parts.state.step
+    if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
+        found["knn_top1"] = online_knn(parts)
+    if parts.judge is not None and (done or every.due(step, every.score)):
+        split = "holdout" if parts.recipe.run.holdout else "test"
+        judged = classified(parts, parts.judge)
+        found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
+        if split == "holdout":
+            keep_best(parts, judged.value)
+    if found:
+        clock.restart()
+    return found
+
+
 def online_knn(parts: Parts) -> float:
     """Leave-one-out kNN top-1 on the training labels; the test split is never looked at."""
     store, run = parts.store, parts.recipe.run
@@ -193,3 +214,23 @@ def online_knn(parts: Parts) -> float:
     )
     found = knn(features, store.label, features, store.num_classes, own=True)
     return score(found, store.label).value
+
+
+def classified(parts: Parts, store: Store) -> Score:
+    """Top-1 of the method's classifier as it stands."""
+    classifier = parts.method.classifier()
+    assert classifier is not None, "only methods that learn classes are given images to judge by"
+    resolution = parts.recipe.run.resolution
+    found = outputs(classifier, store, resolution=resolution, dtype=parts.dtype)
+    return score(found, store.label)
+
+
+def keep_best(parts: Parts, value: float) -> None:
+    """Keep the weights that did best on the held-out images; end where patience does."""
+    state, run = parts.state, parts.recipe.run
+    if value > state.best or not state.best_step:
+        state.best, state.best_step = value, state.step
+        tensors = {checkpoint.MODEL: parts.method.state_dict()}
+        checkpoint.save(parts.record.best, state.step, tensors, {"holdout_top1": value})
+    waited = (state.step - state.best_step) / parts.loader.steps_per_epoch
+    state.ended = bool(run.patience) and waited >= run.patience

@@ -1,7 +1,9 @@
 """Fixtures every test file shares."""
 
 import os
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 # Kernels are interpreted where there is no GPU; Triton reads this when a kernel is defined.
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webserver import Site, serving
 
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 
@@ -33,6 +36,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTIDMM_HOME", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A web server on this machine, and no proxy before it."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    # Its certificates take longer to read than a test does.
+    monkeypatch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+    with serving() as site:
+        yield site
 
 
 def make_photos(folder: Path, *, per_class: int, classes: int = 2, side: int = 24) -> Path:

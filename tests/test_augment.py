@@ -12,10 +12,11 @@ from synthetic import Photograph, photograph, small_store, store_of
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from fastidmm import augment
+from fastidmm import augment, colour
 from fastidmm.batch import IMAGENET_MEAN, IMAGENET_STD, Interpolation, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import Crops, GroupPlan, central_crops, crops_of_boxes, draw
+from fastidmm.randaugment import FAMILIES, NONE, OPERATIONS, randaugment
 from fastidmm.store import Store
 
 MODES: dict[Interpolation, InterpolationMode] = {
@@ -36,6 +37,7 @@ CHAIN = ViewGroup(
     gray=0.2,
     blur=0.5,
     solarize=0.3,
+    randaugment=2,
     mix="cutmix",
 )
 
@@ -109,7 +111,7 @@ def test_evaluation_is_resize_and_center_crop(high: int, wide: int, size: int, r
     pillow = tensor_of(functional.center_crop(resized, size))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.allclose(
-        augment.normalise(pillow, group), functional.normalize(pillow, IMAGENET_MEAN, IMAGENET_STD)
+        colour.normalise(pillow, group), functional.normalize(pillow, IMAGENET_MEAN, IMAGENET_STD)
     )
     agree(ours * std + mean, pillow)
 
@@ -124,7 +126,7 @@ def image(request: pytest.FixtureRequest) -> Image.Image:
 
 
 def test_flip_mirrors(image: Image.Image) -> None:
-    assert torch.equal(augment.flip(tensor_of(image)), tensor_of(functional.hflip(image)))
+    assert torch.equal(colour.flip(tensor_of(image)), tensor_of(functional.hflip(image)))
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.7, 1.0, 1.8])
@@ -135,14 +137,14 @@ def test_blends_are_pillows(image: Image.Image, factor: float) -> None:
         functional.adjust_saturation,
     )
     for operation, theirs in enumerate(adjust):
-        ours = augment.blend(tensor_of(image), torch.tensor([operation]), one(factor))
+        ours = colour.blend(tensor_of(image), torch.tensor([operation]), one(factor))
         agree(ours, tensor_of(theirs(image, factor)))
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.07, 0.2])
 def test_hue_is_torchvisions_in_float(image: Image.Image, turns: float) -> None:
     x = tensor_of(image)
-    ours = augment.shift_hue(x, one(turns))
+    ours = colour.shift_hue(x, one(turns))
     theirs = functional.adjust_hue(x, turns)
     agree(ours, theirs)
     assert float((ours - theirs).abs().max()) < 1e-4
@@ -151,20 +153,20 @@ def test_hue_is_torchvisions_in_float(image: Image.Image, turns: float) -> None:
 
 def test_hue_keeps_grays_and_turns_primaries() -> None:
     x = torch.tensor([[0.5, 0.5, 0.5], [0, 0, 0], [1, 0, 0], [0, 0.5, 1]])[:, :, None, None]
-    turned = augment.shift_hue(x, torch.full((4,), 1 / 3))[:, :, 0, 0]
+    turned = colour.shift_hue(x, torch.full((4,), 1 / 3))[:, :, 0, 0]
     expected = torch.tensor([[0.5, 0.5, 0.5], [0, 0, 0], [0, 1, 0], [1, 0, 0.5]])
     assert torch.allclose(turned, expected, atol=1e-6)
 
 
 def test_gray_is_pillows(image: Image.Image) -> None:
-    agree(augment.grayscale(tensor_of(image)), tensor_of(functional.to_grayscale(image, 3)))
+    agree(colour.grayscale(tensor_of(image)), tensor_of(functional.to_grayscale(image, 3)))
 
 
 def test_solarize_is_pillows(image: Image.Image) -> None:
-    ours = augment.solarize(tensor_of(image))
+    ours = colour.solarize(tensor_of(image))
     assert torch.allclose(ours, tensor_of(functional.solarize(image, 128)), atol=1e-6)
     levels = torch.arange(256.0).mul(1 / 255).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    inverted = (augment.solarize(levels) != levels)[0, 0].flatten()
+    inverted = (colour.solarize(levels) != levels)[0, 0].flatten()
     assert inverted.nonzero()[:, 0].tolist() == list(range(128, 256))
 
 
@@ -172,7 +174,7 @@ def test_solarize_is_pillows(image: Image.Image) -> None:
 @pytest.mark.parametrize("sigma", [0.1, 0.33, 1.0, 2.0])
 def test_blur_is_a_gaussian(size: int, sigma: float) -> None:
     x = tensor_of(photograph(size, size, seed=6))
-    ours = augment.blur(x.repeat(2, 1, 1, 1), torch.tensor([sigma, 0.5]), radius=8)[:1]
+    ours = colour.blur(x.repeat(2, 1, 1, 1), torch.tensor([sigma, 0.5]), radius=8)[:1]
     exact = x.double().numpy()
     for axis in (2, 3):
         exact = gaussian_filter1d(exact, sigma, axis=axis, mode="nearest", truncate=6)
@@ -187,7 +189,7 @@ def test_jitter_follows_the_drawn_order(order: tuple[int, ...]) -> None:
     """Each operation at its place, contrast's mean taken there: torchvision's own, one by one."""
     factors = (0.6, 1.7, 1.4, 0.13)
     x = tensor_of(photograph(37, 53, seed=7))
-    ours = augment.jitter(x.clone(), torch.tensor([order]), torch.tensor([factors]))
+    ours = colour.jitter(x.clone(), torch.tensor([order]), torch.tensor([factors]))
     adjust = (
         functional.adjust_brightness,
         functional.adjust_contrast,
@@ -206,10 +208,19 @@ def drawn(store: Store, group: ViewGroup = CHAIN) -> GroupPlan:
     return plan.groups[0]
 
 
+def randaugmented(x: Tensor, plan: GroupPlan, i: int) -> Tensor:
+    """RandAugment's operations of one crop; test_randaugment.py holds them against Pillow's."""
+    drawn = plan.operation, plan.level, plan.negative, plan.spot
+    return randaugment(x.clone(), *(each[i : i + 1] for each in drawn))
+
+
 def test_render_does_the_whole_chain_in_order() -> None:
     """Every crop by torchvision's operations on floats, in the published order."""
     store, group = small_store(9), replace(CHAIN, mix="none")
     plan = drawn(store, group)
+    # Those that are tables round: a last bit before them can move many pixels by a level.
+    tables = torch.isin(plan.operation, torch.tensor([OPERATIONS.index(n) for n in FAMILIES[0][0]]))
+    plan = replace(plan, operation=torch.where(tables, NONE, plan.operation))
     ours = augment.render(store, plan, group)
     for i in range(27):
         crops = Crops(
@@ -221,7 +232,6 @@ def test_render_does_the_whole_chain_in_order() -> None:
             group.interpolation,
         )
         x = augment.render_plain(store, crops, PLAIN)
-        x = functional.hflip(x) if plan.flip[i] else x
         if plan.jitter[i]:
             for operation in plan.order[i].tolist():
                 name = ("brightness", "contrast", "saturation", "hue")[operation]
@@ -236,6 +246,8 @@ def test_render_does_the_whole_chain_in_order() -> None:
                 )
             x = torch.from_numpy(blurred).float()
         x = torch.where(x >= 128 / 255, 1 - x, x) if plan.solarize[i] else x
+        x = randaugmented(x, plan, i)
+        x = functional.hflip(x) if plan.flip[i] else x
         x = functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
         # A value beside the threshold of solarize may fall on its other side.
         apart = ((ours[i] - x[0]).abs() > 0.01).float().mean()
@@ -259,7 +271,7 @@ def test_the_way_of_a_gpu_gives_the_same_views(monkeypatch: pytest.MonkeyPatch) 
     central = central_crops(torch.arange(20), *sides, size=32, resize=37)
     ways = []
     for gpu in (False, True):
-        monkeypatch.setattr(augment, "on_gpu", lambda x, gpu=gpu: gpu)
+        monkeypatch.setattr(colour, "on_gpu", lambda x, gpu=gpu: gpu)
         views = augment.render(store, plan, CHAIN)
         ways.append((views, augment.render_plain(store, central, CHAIN)))
     for cpu, gpu_way in zip(*ways, strict=True):
@@ -295,9 +307,20 @@ def test_cutmix_by_hand() -> None:
 def test_render_mixes_finished_crops() -> None:
     store = small_store(6)
     plan = drawn(store)
-    alone = augment.render(store, plan, replace(CHAIN, mix="none"))
+    alone = augment.render(store, replace(plan, mix="none"), CHAIN)
     mixed = augment.render(store, plan, CHAIN)
     for i, (top, left, bottom, right) in enumerate(plan.box.tolist()):
         expected = alone[i].clone()
         expected[:, top:bottom, left:right] = alone[plan.partner[i], :, top:bottom, left:right]
         assert torch.equal(mixed[i], expected)
+
+
+def test_mixup_blends_finished_crops() -> None:
+    store, group = small_store(6), replace(CHAIN, mix="mixup")
+    plan = drawn(store, group)
+    alone = augment.render(store, replace(plan, mix="none"), group).double()
+    mixed = augment.render(store, plan, group)
+    assert bool((plan.weight < 1).any())
+    for i, weight in enumerate(plan.weight.double()):
+        expected = weight * alone[i] + (1 - weight) * alone[plan.partner[i]]
+        assert float((mixed[i] - expected).abs().max()) < 1e-5

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastidmm.backbones.build import BackboneOptions, Encoder, build_encoder, load_encoder
+from fastidmm.backbones.build import BackboneOptions, Encoder, build_encoder, load_weights
 from fastidmm.backbones.drop import Dropout, DropPath, draw_from_counters
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
@@ -229,7 +229,7 @@ def test_drops_do_nothing_in_evaluation(layer: type[DropPath | Dropout]) -> None
 
 def test_a_state_loads_whole() -> None:
     source, target = build("vit_micro"), build("vit_micro", seed=1)
-    said = load_encoder(target, source.state_dict(), source="here")
+    said = load_weights(target, source.state_dict(), source="here")
     num = len(source.state_dict())
     assert said == f"{num} of {num} tensors"
     for key, value in source.state_dict().items():
@@ -241,7 +241,7 @@ def test_positions_are_resized_bicubically(small: int, large: int) -> None:
     """DeiT's 7 x 7 grid to 14 x 14, as `vit_micro`'s at 56 and 112 px; and down again."""
     state = build("vit_micro", resolution=small).state_dict()
     target = build("vit_micro", resolution=large, seed=1)
-    load_encoder(target, state, source="here")
+    load_weights(target, state, source="here")
     before, after = state["model.pos_embed"], target.state_dict()["model.pos_embed"]
     grid = before[0, 1:].T.reshape(1, 128, small // 8, small // 8)
     side = large // 8
@@ -285,5 +285,5 @@ def test_a_foreign_state_is_refused_and_nothing_changes(kind: str) -> None:
     encoder = build("vit_micro", seed=1)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     with pytest.raises(UsageError, match="is of another backbone"):
-        load_encoder(encoder, foreign_states()[kind], source="there")
+        load_weights(encoder, foreign_states()[kind], source="there")
     assert all(torch.equal(encoder.state_dict()[key], before[key]) for key in before)

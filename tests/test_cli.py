@@ -83,8 +83,11 @@ def test_from_photographs_to_a_report(typed: Type, home: Path, photos: MakePhoto
 
 def test_run_does_it_all(typed: Type, toy: str) -> None:
     words = ["--set", "finetune.resolution=16", "--set", "finetune.epochs=1"]
-    status, out, _ = typed("run", "--dataset", toy, *TINY, *words, "--run", "all")
+    words += ["--set", "finetune_high.epochs=1", "--set", "finetune_high.batch_size=8"]
+    status, out, err = typed("run", "--dataset", toy, *TINY, *words, "--run", "all")
     assert status == 0 and "top-1 on 8 test images" in out
+    assert "56 of 56 tensors, head included: from runs/all/finetune-16" in err
+    assert Path("runs/all/finetune-32").is_dir() and not Path("runs/all/scratch-32").exists()
     assert Path("runs/all/report.html").is_file()
     assert out.strip().splitlines()[-1] == "runs/all/report.html"
 
@@ -116,6 +119,11 @@ def test_nothing_prepared(typed: Type, home: Path) -> None:
         (["prepare", "--dataset", "folder", "--from", "empty"], 3, "empty"),
         (["prepare", "--dataset", "folder"], 2, "--from"),
         (["prepare", "--dataset", "fodler"], 2, "did you mean 'folder'"),
+        (["prepare"], 2, "one of --dataset NAME, --list and --weights NAME"),
+        (["prepare", "--list", "--dataset", "folder"], 2, "one of --dataset NAME"),
+        (["prepare", "--dataset", "cars"], 2, "put cars_train.tgz, cars_test.tgz, car_devkit.tgz"),
+        (["prepare", "--dataset", "pets", "--from", "empty"], 2, "images.tar.gz"),
+        (["prepare", "--dataset", "sin10k"], 2, "image-net.org"),
         (["prepare", "--dataset", "folder", "--from", "one"], 3, "2"),
         (["prepare", "--dataset", "folder", "--from", "two", "--name", "../x"], 2, "cannot name"),
     ],

@@ -1,5 +1,7 @@
 """Evaluation against slow and certain ways to the same numbers."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,16 @@ from synthetic import photograph, small_store, store_of
 from torch import Tensor, nn
 
 from fastidmm.augment import render_plain
-from fastidmm.evaluate import PLAIN, Score, evaluating, knn, linear_probe, outputs, score
+from fastidmm.evaluate import (
+    PLAIN,
+    Score,
+    evaluating,
+    knn,
+    linear_probe,
+    measured,
+    outputs,
+    score,
+)
 from fastidmm.plan import central_crops
 
 
@@ -48,8 +59,8 @@ def naive_knn(
 def test_knn_is_the_naive_one(num: int) -> None:
     train, labels = clusters(num, 6, 5, 1, 2.0)
     test, _ = clusters(40, 6, 5, 2, 2.0)
-    assert knn(train, labels, test, 5).tolist() == naive_knn(train, labels, test, 5)
-    left_out = knn(train, labels, train, 5, own=True)
+    assert knn(train, labels, test, 5).argmax(dim=1).tolist() == naive_knn(train, labels, test, 5)
+    left_out = knn(train, labels, train, 5, own=True).argmax(dim=1)
     assert left_out.tolist() == naive_knn(train, labels, train, 5, own=True)
 
 
@@ -58,7 +69,7 @@ def test_leaving_one_out_crosses_chunks() -> None:
     base = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     train = torch.cat((base, base + 1e-4))  # 1200 rows, more than are compared at once
     labels = torch.arange(1200)
-    found = knn(train, labels, train, 1200, own=True)
+    found = knn(train, labels, train, 1200, own=True).argmax(dim=1)
     assert found.tolist() == [*range(600, 1200), *range(600)]
 
 
@@ -101,7 +112,7 @@ def test_the_linear_probe_finds_the_minimum() -> None:
     clear = margin > 0.02  # beside a boundary float32 may fall either way
     assert clear.mean() > 0.95
     before = torch.get_rng_state()
-    found = linear_probe(*given, 4).numpy()
+    found = linear_probe(*given, 4).argmax(dim=1).numpy()
     assert torch.equal(torch.get_rng_state(), before)
     assert (found == logits.argmax(axis=1))[clear].all()
 
@@ -132,7 +143,7 @@ def test_intervals_are_wilsons(correct: int, num: int, low: float, high: float) 
 
 
 def test_scores_count_right_answers() -> None:
-    found = score(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 0, 3]))
+    found = score(torch.eye(4)[[1, 2, 3, 3]], torch.tensor([1, 2, 0, 3]))
     assert (found.correct, found.num, found.value) == (3, 4, 0.75)
     assert str(found) == "75.0 % [30.1, 95.4]"
     assert found.as_dict() == {
@@ -141,6 +152,29 @@ def test_scores_count_right_answers() -> None:
         "value": 0.75,
         "interval": list(found.interval),
     }
+
+
+def test_measures_against_counting_by_hand() -> None:
+    """700 answers over 7 classes: top-1, top-5, classes and mistakes, one answer at a time."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.permuted(np.arange(4900.0).reshape(700, 7), axis=1))
+    labels = torch.from_numpy(random.integers(0, 6, 700))  # no image of the last class
+    found = measured(logits, labels)
+    ranks = [
+        sorted(range(7), key=lambda c: -values[c]).index(label)
+        for values, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    assert found["correct"] == ranks.count(0) and found["num"] == 700
+    assert found["top5"]["correct"] == sum(rank < 5 for rank in ranks)
+    rows = list(zip(labels.tolist(), ranks, strict=True))
+    by_class = [[rows.count((c, 0)), sum(label == c for label, _ in rows)] for c in range(7)]
+    assert found["per_class"] == by_class and by_class[6] == [0, 0]
+    taken = list(zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+    wrong = Counter((true, other) for true, other in taken if true != other)
+    assert {(true, other): n for true, other, n in found["confusion"]} == wrong
+    counts = [n for _, _, n in found["confusion"]]
+    assert counts == sorted(counts, reverse=True)
+    assert measured(logits[:, :5], labels.clamp(max=4))["top5"] is None
 
 
 # --- outputs ------------------------------------------------------------------------------------

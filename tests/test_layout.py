@@ -37,7 +37,16 @@ def test_the_three_folders_are_links_without_init() -> None:
 def test_no_global_generator_in_a_step() -> None:
     """What a step runs draws from counters only."""
     drawing = ("torch.rand", "torch.bernoulli", "random_(", ".normal_(", "np.random", "multinomial")
-    for name in ("chance", "plan", "augment", "train", "optim", "batch", "loaders/resident"):
+    for name in (
+        "chance",
+        "plan",
+        "augment",
+        "colour",
+        "train",
+        "optim",
+        "batch",
+        "loaders/resident",
+    ):
         text = (ROOT / "fastidmm" / f"{name}.py").read_text()
         assert not [word for word in drawing if word in text], name
 

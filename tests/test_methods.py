@@ -164,16 +164,25 @@ def test_a_large_crop_weighs_twice_an_equal_small_one() -> None:
 # --- supervised ---------------------------------------------------------------------------------
 
 
-def test_supervised_is_smoothed_cross_entropy_of_the_labels() -> None:
-    method, loader = assembled("supervised", drop_path=0.0)
+def test_supervised_is_smoothed_cross_entropy_of_mixed_labels() -> None:
+    method, loader = assembled("supervised", num=20, batch_size=20, drop_path=0.0)
     batch = loader.batch(0)
     (views,) = batch.groups
     assert views.labels.tolist() == [row % 3 for row in views.rows.tolist()]
+    assert bool((views.labels != views.partner_labels).any()) and bool((views.weights < 1).all())
     nn.init.normal_(head_of(method).weight)
     logits = head_of(method)(method.backbone(views.pixels)).double()
-    expected = cross_entropy(logits, views.labels, label_smoothing=0.1)
+    own, mixed_in = (
+        cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+        for labels in (views.labels, views.partner_labels)
+    )
+    lam = views.weights.double()
+    expected = (lam * own + (1 - lam) * mixed_in).mean()
     loss: Loss = method(batch)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    classifier = method.classifier()
+    assert classifier is not None
+    torch.testing.assert_close(classifier(views.pixels).double(), logits)
     right = (logits.argmax(dim=1) == views.labels).float().mean()
     assert float(loss.parts["train_top1"]) == pytest.approx(float(right))
 

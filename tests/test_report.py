@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastidmm import stages
+from fastidmm import scoring, stages
 from fastidmm.assemble import assemble
 from fastidmm.claims import measures, verdict
 from fastidmm.curves import MOST_POINTS, Series, chart, ticks
@@ -101,7 +101,7 @@ def run(home: Path) -> Path:
     for pretrained in (True, False):
         stages.finetune(folder, settings, ["optim.lr=1e-4"], pretrained=pretrained)
     hostile = folder.rename(folder.with_name("<b>toy"))
-    stages.evaluate(hostile)
+    scoring.evaluate(hostile)
     return hostile
 
 
@@ -127,7 +127,7 @@ def pictures(page: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
 
 
 def test_every_score_of_the_evaluation_is_in_the_table(run: Path, page: str) -> None:
-    evaluation = json.loads((run / stages.EVALUATION).read_text())
+    evaluation = json.loads((run / scoring.EVALUATION).read_text())
     rows = re.findall(r"<tr>\s*<th scope.*?</tr>", page, flags=re.DOTALL)
     assert len(rows) == 3
     assert f"Top-1 on {NUM_TEST} test images" in text(page)
@@ -147,7 +147,7 @@ def test_every_score_of_the_evaluation_is_in_the_table(run: Path, page: str) -> 
 
 
 def test_the_verdict_comes_first(run: Path, page: str) -> None:
-    evaluation = json.loads((run / stages.EVALUATION).read_text())
+    evaluation = json.loads((run / scoring.EVALUATION).read_text())
     expected = verdict(measures(evaluation["scores"]), num_train=20, num_test=NUM_TEST)
     assert unescape(re.findall(r"<h1>(.*?)</h1>", page)[0]) == expected
     assert "vit_micro, idmm, 2 epochs on 20 images at 16 px" in text(page)
@@ -252,7 +252,7 @@ def test_a_run_is_repeated_by_its_commands(run: Path, page: str) -> None:
 
 
 def test_a_run_that_is_not_finished_or_scored_says_so(copy: Path) -> None:
-    (copy / stages.EVALUATION).unlink()
+    (copy / scoring.EVALUATION).unlink()
     shutil.rmtree(copy / "scratch-16")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text(lines[0])
@@ -267,9 +267,9 @@ def test_a_run_that_is_not_finished_or_scored_says_so(copy: Path) -> None:
 
 def test_a_stage_that_was_not_run_is_a_gap_in_the_table(copy: Path) -> None:
     shutil.rmtree(copy / "scratch-16")
-    evaluation = json.loads((copy / stages.EVALUATION).read_text())
+    evaluation = json.loads((copy / scoring.EVALUATION).read_text())
     del evaluation["scores"]["random"]["finetuned_16"]
-    (copy / stages.EVALUATION).write_text(json.dumps(evaluation))
+    (copy / scoring.EVALUATION).write_text(json.dumps(evaluation))
     seen = write(copy).read_text()
     assert seen.count('<td class="faint">not run</td>') == 1
     assert "fine-tuned accuracy" not in re.findall(r"<h1>(.*?)</h1>", seen)[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastidmm import checkpoint, optim, stages
+from fastidmm import checkpoint, optim, scoring, stages
 from fastidmm import train as training
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
@@ -215,7 +215,7 @@ def test_fine_tuning_takes_the_whole_backbone(toy: str, capsys: pytest.CaptureFi
     )
     assert "54 of 54 tensors, head new" in capsys.readouterr().err
     assert found["run"] == "runs/run/finetune-24" and found["method"] == "supervised"
-    scores = stages.evaluate(Path("runs/run"))["scores"]
+    scores = scoring.evaluate(Path("runs/run"))["scores"]
     assert scores["pretrained"]["finetuned_24"]["num"] == 8
     assert "finetuned_24" not in scores["random"]
     assert scores["random"]["knn"]["num"] == 8
@@ -278,10 +278,10 @@ def test_an_unfinished_stage_is_not_scored(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before_update(patch, 4)
         stages.finetune(Path("runs/run"), settings, [])
-    assert "finetuned_16" not in stages.evaluate(Path("runs/run"))["scores"]["pretrained"]
+    assert "finetuned_16" not in scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]
     assert "finetune-16 is not finished and not scored" in capsys.readouterr().err
     tuned = stages.resume(Path("runs/run"))[1]
-    scored = stages.evaluate(Path("runs/run"))["scores"]["pretrained"]["finetuned_16"]
+    scored = scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]["finetuned_16"]
     assert tuned["test_top1"]["correct"] == scored["correct"]
 
 

@@ -25,6 +25,7 @@ class Backbone:
     multiple_of: int  # what a resolution must be divisible by, px
     smallest: int = 8  # resolution it can work at, px
     lr: float = 5e-4
+    lr_high: float = 5e-5  # of the stage that goes on at a higher resolution
     warmup_epochs: int = 2
 
 
@@ -84,12 +85,12 @@ def build_encoder(
         return Encoder(entry.build(resolution, options.drop_path), counters)
 
 
-def load_encoder(encoder: nn.Module, state: dict[str, Tensor], *, source: str) -> str:
-    """Load every tensor of a trained backbone, position embeddings resized; say how many.
+def load_weights(module: nn.Module, state: dict[str, Tensor], *, source: str) -> str:
+    """Load every tensor of a trained backbone or method, position embeddings resized; say how many.
 
-    `state` has the encoder's own names. An incomplete or foreign state is a UsageError.
+    `state` has the module's own names. An incomplete or foreign state is a UsageError.
     """
-    own = encoder.state_dict()
+    own = module.state_dict()
     state = {name: _fit(name, tensor, own.get(name)) for name, tensor in state.items()}
     fits = [n for n, t in own.items() if n in state and state[n].shape == t.shape]
     if len(fits) != len(own) or len(state) != len(own):
@@ -97,7 +98,7 @@ def load_encoder(encoder: nn.Module, state: dict[str, Tensor], *, source: str) -
             f"{source} is of another backbone: {len(fits)} of the {len(own)} tensors needed fit "
             f"(it holds {len(state)}). Name the backbone it was trained with."
         )
-    encoder.load_state_dict(state)
+    module.load_state_dict(state)
     return f"{len(fits)} of {len(own)} tensors"
 
 

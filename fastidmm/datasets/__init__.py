@@ -41,6 +41,16 @@ class Source:
     notes: tuple[str, ...] = ()  # sentences a user should read
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is published of a dataset, for a list of them."""
+
+    num_classes: int
+    num_train: int
+    num_test: int
+    fetched: bool = True  # False where `--from` is needed
+
+
 Split = tuple[tuple[Item, ...], tuple[Item, ...]]
 
 
@@ -57,10 +67,11 @@ def stratified(items: Sequence[Item], *, seed: int, one_in: int) -> Split:
     held: set[str] = set()
     for files in classes.values():
         count = max(len(files) // one_in, 1) if len(files) > 1 else 0
-        held.update(sorted(files, key=lambda file: _rank(seed, file))[:count])
+        held.update(sorted(files, key=lambda file: rank(seed, file))[:count])
     train = tuple(item for item in items if item.file not in held)
     return train, tuple(item for item in items if item.file in held)
 
 
-def _rank(seed: int, file: str) -> bytes:
+def rank(seed: int, file: str) -> bytes:
+    """Where a file stands in the order in which a seed draws."""
     return sha256(f"{seed}/{file}".encode("utf-8", "surrogateescape")).digest()

@@ -9,7 +9,7 @@ The photographs are under CC BY-NC-SA 4.0: they may not be used commercially.
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastidmm.datasets import Item, Source, stratified
+from fastidmm.datasets import About, Item, Source, stratified
 from fastidmm.errors import UsageError
 
 CLASS_NAMES = ("mono-defective", "mono-functional", "poly-defective", "poly-functional")
@@ -19,6 +19,8 @@ HELD_OUT_ONE_IN = 4
 
 class Demo:
     """Solar cells by kind (mono- or polycrystalline) and state; 1,668 to train, 555 to test."""
+
+    about = About(4, 1668, 555)
 
     def open(self, *, from_: Path | None, seed: int) -> Source:
         """List the cells of the installed package, or of its folder `data/` given as `from_`."""

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
-from fastidmm.augment import render
 from fastidmm.batch import Batch, Method, ViewGroup, Views
 from fastidmm.chance import Counters
+from fastidmm.kernels.views import views
 from fastidmm.plan import GroupPlan, draw, num_steps
 from fastidmm.store import Store
 
@@ -63,7 +62,7 @@ class Resident:
         rows = plan.crops.rows
         partners = rows[plan.partner]
         return Views(
-            pixels=self._finished(render(self.store, plan, group)),
+            pixels=views(self.store, plan, group, self.dtype),
             rows=rows,
             partners=partners,
             weights=plan.weight,
@@ -72,6 +71,3 @@ class Resident:
             place=torch.arange(first, first + rows.numel(), device=rows.device),
             total=rows.numel(),
         )
-
-    def _finished(self, pixels: Tensor) -> Tensor:
-        return pixels.to(dtype=self.dtype, memory_format=torch.channels_last)

@@ -1,14 +1,17 @@
 """What only a GPU can show: plans and views equal to the CPU's, steps that never wait."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastidmm.augment import render
+from fastidmm.augment import render, render_plain
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
-from fastidmm.plan import GroupPlan, draw
+from fastidmm.kernels.views import plain_views, views
+from fastidmm.plan import GroupPlan, central_crops, draw
+from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
 
 pytestmark = [
@@ -19,6 +22,7 @@ GROUP = ViewGroup(
     count=2, size=33, scale=(0.05, 1.0), jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
     saturation=(0.2, 1.8), hue=(-0.2, 0.2), gray=0.2, blur=0.5, solarize=0.2, mix="cutmix",
 )  # fmt: skip
+TUNING = replace(GROUP, interpolation="bicubic", randaugment=2, mix="alternate")
 
 
 def store(num: int = 37) -> Store:
@@ -32,10 +36,10 @@ def store(num: int = 37) -> Store:
     return Store(pixels, length.cumsum(0) - length, height, width, label, ("one",), "noise")
 
 
-def plan(photos: Store, step: int) -> GroupPlan:
+def plan(photos: Store, step: int, group: ViewGroup = GROUP) -> GroupPlan:
     """One group's plan, drawn where the store lies."""
     sizes = (photos.height, photos.width)
-    return draw(sizes, [GROUP], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
+    return draw(sizes, [group], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
 
 
 def tensors(thing: object) -> dict[str, torch.Tensor]:
@@ -50,10 +54,12 @@ def tensors(thing: object) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("group", [GROUP, TUNING], ids=["pretraining", "fine-tuning"])
 @pytest.mark.parametrize("step", range(6))
-def test_plans_are_equal_to_the_bit(step: int) -> None:
+def test_plans_are_equal_to_the_bit(step: int, group: ViewGroup) -> None:
     photos = store()
-    here, there = tensors(plan(photos, step)), tensors(plan(photos.to(torch.device("cuda")), step))
+    there = tensors(plan(photos.to(torch.device("cuda")), step, group))
+    here = tensors(plan(photos, step, group))
     for name, tensor in here.items():
         assert torch.equal(tensor, there[name]), name
 
@@ -67,12 +73,54 @@ def test_views_are_equal_to_rounding() -> None:
     assert (mine - theirs).abs().gt(1e-3).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("size", [33, 112, 224])
+@pytest.mark.parametrize("group", [GROUP, TUNING], ids=["pretraining", "fine-tuning"])
+def test_the_kernels_give_the_renderers_views(group: ViewGroup, size: int) -> None:
+    """1/255 on average; twice the same bits."""
+    there = store().to(torch.device("cuda"))
+    for step in (0, 3):  # Mixup, then CutMix
+        group = replace(group, size=size)
+        drawn = plan(there, step, group)
+        ours = views(there, drawn, group, torch.float32)
+        theirs = render(there, drawn, group)
+        assert float((ours - theirs).abs().mean() * 255 * 0.226) <= 1
+        assert torch.equal(ours, views(there, drawn, group, torch.float32))
+        half = views(there, drawn, group, torch.bfloat16)
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert float((half.float() - ours).abs().max()) < 0.02
+
+
+def test_plain_views_are_the_renderers() -> None:
+    there = store().to(torch.device("cuda"))
+    rows = torch.arange(37, device="cuda")
+    crops = central_crops(rows, there.height, there.width, size=56, resize=64)
+    difference = plain_views(there, crops, GROUP) - render_plain(there, crops, GROUP)
+    assert float(difference.abs().mean() * 255 * 0.226) <= 1
+
+
+def test_randaugment_is_the_cpus_on_pictures_of_8_bits() -> None:
+    """Every operation, level and sign; tables and nearest pixels to the bit."""
+    chance = torch.Generator().manual_seed(1)
+    kinds = torch.cartesian_prod(torch.arange(16), torch.arange(1, 10), torch.arange(2))
+    x = torch.randint(0, 256, (len(kinds), 3, 37, 37), generator=chance).float() / 255
+    spot = torch.randint(0, 37, (len(kinds), 1, 2), generator=chance)
+    drawn = kinds[:, :1], kinds[:, 1:2], kinds[:, 2:].bool(), spot
+    mine = randaugment(x.clone(), *drawn)
+    theirs = randaugment(x.cuda(), *(each.cuda() for each in drawn)).cpu()
+    assert float((mine - theirs).abs().max()) < 1e-6
+
+
 def test_drawing_and_rendering_never_wait() -> None:
     photos = store().to(torch.device("cuda"))
     render(photos, plan(photos, 0), GROUP)  # tables are made once
+    render(photos, plan(photos, 0, TUNING), TUNING)
+    for group in (GROUP, TUNING):  # and programs compiled
+        views(photos, plan(photos, 0, group), group, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
-            render(photos, plan(photos, step), GROUP)
+            for group in (GROUP, TUNING):
+                render(photos, plan(photos, step, group), group)
+                views(photos, plan(photos, step, group), group, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")

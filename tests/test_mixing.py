@@ -1,6 +1,7 @@
-"""CutMix as the paper's code draws it: boxes, weights, partners and parts."""
+"""CutMix and Mixup as the paper's code draws them: boxes, weights, partners, parts, turns."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters, Use, philox
-from fastidmm.plan import GroupPlan, _partners, cutmix_box, draw
+from fastidmm.plan import GroupPlan, _partners, cutmix_box, draw, folded
 
 WORDS = philox((torch.arange(100_000), 0, 0, 0), Counters(0).key(Use.MIX))
 
@@ -143,3 +144,34 @@ def test_without_mixing_every_crop_is_its_own() -> None:
     (plan,) = draw((sizes, sizes), [plain], Counters(0), step=0, batch_size=5).groups
     assert plan.partner.tolist() == list(range(10))
     assert not plan.box.any() and bool((plan.weight == 1).all())
+
+
+# --- Mixup --------------------------------------------------------------------------------------
+
+
+def test_mixup_weights_are_folded_quantiles_of_the_beta_distribution() -> None:
+    """Beta(1/2, 1/2) has a closed form; a weight is that of the crop's part, its box empty."""
+    weight = folded(WORDS, group_of(8)).numpy()
+    lam = np.sin(np.pi / 2 * ((WORDS[:, 0].numpy() >> 16) + 0.5) / 2**16) ** 2
+    np.testing.assert_allclose(weight, np.maximum(lam, 1 - lam), atol=1e-12)
+    assert weight.mean() == pytest.approx(0.5 + 1 / math.pi, abs=0.002)
+    sizes = torch.full((13,), 50)
+    group = replace(group_of(32, count=1), mix="mixup")
+    plan = draw((sizes, sizes), [group], Counters(2), step=0, batch_size=13, cutmix_groups=5)
+    (mixed_up,) = plan.groups
+    part = part_of_crops(13, 5, count=1)
+    words = philox((0, 0, 0, torch.arange(5)), Counters(2).key(Use.MIX))
+    assert torch.equal(mixed_up.weight, folded(words, group).float()[part])
+    assert torch.equal(part[mixed_up.partner], part)
+    assert not mixed_up.box.any() and not torch.equal(mixed_up.partner, torch.arange(13))
+
+
+def test_mixup_and_cutmix_take_turns_by_epoch() -> None:
+    """Even epochs, counted from 0, blend; odd ones paste: three steps an epoch here."""
+    sizes = torch.full((13,), 50)
+    group = replace(group_of(32, count=1), mix="alternate")
+    ways = [
+        draw((sizes, sizes), [group], Counters(2), step=step, batch_size=5).groups[0].mix
+        for step in range(9)
+    ]
+    assert ways == ["mixup"] * 3 + ["cutmix"] * 3 + ["mixup"] * 3

@@ -1,0 +1,67 @@
+"""Files that several processes may want at once: locked, hashed, and put in place whole."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastidmm.errors import UsageError
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def locked(lock: Path, doing: str) -> Iterator[None]:
+    """Hold `lock` for this process alone; a UsageError where another is `doing` the same."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is {doing}: wait for it.") from None
+        except OSError:
+            pass  # Some network file systems have no locks.
+        yield
+
+
+def digests(path: Path, kinds: Iterable[str]) -> dict[str, str]:
+    """The hex digests of a file by kind (md5, sha1, sha256), read once."""
+    found = {kind: hashlib.new(kind, usedforsecurity=False) for kind in kinds}
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            for one in found.values():
+                one.update(block)
+    return {kind: one.hexdigest() for kind, one in found.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is never seen half-written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    put_in_place(aside, path)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename, and see the folder's list of names onto the disk."""
+    os.replace(aside, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the system's errors the file they are about: a full disk names none."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno is None or problem.filename:
+            raise
+        raise OSError(problem.errno, problem.strerror, str(path)) from None

@@ -1,0 +1,176 @@
+"""Score a run and its stages: what `evaluate` finds, keeps and prints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastidmm import checkpoint
+from fastidmm.assemble import build_method, check_labels, training_rows
+from fastidmm.backbones.build import build_encoder, load_weights
+from fastidmm.chance import Counters
+from fastidmm.errors import UsageError
+from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
+from fastidmm.machine import dtype_of, set_up
+from fastidmm.progress import say
+from fastidmm.recipe import Recipe
+from fastidmm.record import Record, newest_weights, stages
+from fastidmm.store import Store, folder_of, open_store
+
+EVALUATION = "evaluation.json"
+SHOWN_CLASSES = 5
+
+
+def evaluate(run: Path) -> dict[str, Any]:
+    """Score a run and its stages on the test split, beside random weights; kept in the folder."""
+    record = Record(run)
+    recipe = record.recipe
+    store, test = scored_splits(recipe)
+    device = set_up(recipe.run.device, exact=recipe.run.exact)
+    store, test = store.to(device), test.to(device)
+    scores: dict[str, Any] = {
+        "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
+        "random": frozen_scores(recipe, None, store, test),
+    }
+    for folder in stages(run):
+        stage = Record(folder)
+        if not stage.finished:
+            say(f"{folder} is not finished and not scored: `fastidmm resume {run}` goes on.")
+            continue
+        key = f"finetuned_{stage.resolution}"
+        scores["pretrained" if stage.pretrained else "random"][key] = stage_scores(stage, test)
+    found = {
+        "run": str(run),
+        "dataset": recipe.run.dataset,
+        "step": record.steps,
+        "num_train": len(store),
+        "num_test": len(test),
+        "class_names": test.class_names,
+        "scores": scores,
+        "evaluations": looks(run)["evaluate"] + 1,
+    }
+    aside = run / f".{EVALUATION}"
+    aside.write_text(json.dumps(found))
+    aside.replace(run / EVALUATION)
+    return found
+
+
+def looks(run: Path) -> dict[str, int]:
+    """How often a run's test images were looked at: in fine-tuning, and by `evaluate`."""
+    path, lines = run / EVALUATION, [line for s in stages(run) for line in Record(s).metrics()]
+    before = json.loads(path.read_text()).get("evaluations", 1) if path.exists() else 0
+    return {"finetune": sum("test_top1" in line for line in lines), "evaluate": before}
+
+
+def scored_splits(recipe: Recipe) -> tuple[Store, Store]:
+    """Training and test split of a recipe's dataset, refused where they cannot be scored."""
+    store = training_rows(recipe)
+    check_labels(store, recipe.run.dataset)
+    return store, open_store(folder_of(recipe.run.dataset), "test")
+
+
+def frozen_scores(
+    recipe: Recipe, weights: dict[str, Tensor] | None, store: Store, test: Store
+) -> dict[str, Any]:
+    """kNN and linear probe on the features of a backbone that is not trained further."""
+    run, device = recipe.run, store.pixels.device
+    encoder = build_encoder(
+        run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
+    )
+    if weights is not None:
+        load_weights(encoder, weights, source="the run's newest checkpoint")
+    encoder.to(device)
+    dtype = dtype_of(run.precision, device)
+    known, asked = (
+        outputs(encoder, split, resolution=run.resolution, dtype=dtype) for split in (store, test)
+    )
+    near = knn(known, store.label, asked, store.num_classes)
+    probed = linear_probe(known, store.label, asked, store.num_classes)
+    return {"knn": measured(near, test.label), "linear_probe": measured(probed, test.label)}
+
+
+def stage_scores(stage: Record, test: Store) -> dict[str, Any]:
+    """The classifier of a fine-tuned stage on the test split, by the checkpoint that counts."""
+    recipe, run, device = stage.recipe, stage.recipe.run, test.pixels.device
+    (tensors,), _ = checkpoint.load(stage.result, checkpoint.MODEL)
+    method = build_method(recipe, training_rows(recipe), Counters(run.seed))
+    method.load_state_dict(tensors)
+    classifier = method.classifier()
+    if classifier is None:
+        raise UsageError(f"{stage.folder} has no classifier: {run.method} learns no classes.")
+    logits = outputs(
+        classifier.to(device),
+        test,
+        resolution=run.resolution,
+        dtype=dtype_of(run.precision, device),
+    )
+    return {
+        **measured(logits, test.label),
+        "epochs": run.epochs,
+        "stage": stage.folder.name,
+        "step": checkpoint.step_of(stage.result),
+        "chosen": "best on held-out images" if run.holdout else "last epoch",
+        "best": best(stage, "test"),
+    }
+
+
+def best(stage: Record, split: str) -> dict[str, Any] | None:
+    """The best of a stage's scores on a split as it trained, which that split has selected."""
+    key = f"{split}_top1"
+    lines = [line for line in stage.metrics() if key in line]
+    if not lines:
+        return None
+    top = max(lines, key=lambda line: line[key])
+    return {"value": top[key], "epoch": top["epoch"], "of": len(lines), "selected_on": split}
+
+
+def evaluation_text(found: dict[str, Any]) -> str:
+    """The table a person reads: pretraining beside no pretraining."""
+    scores = found["scores"]
+    names = list(dict.fromkeys([*scores["pretrained"], *scores["random"]]))
+    rows = [f"{'top-1 on ' + str(found['num_test']) + ' test images':<34}{'pretrained':<24}random"]
+    for name in names:
+        arms = [scores[arm].get(name) for arm in ("pretrained", "random")]
+        rows.append(_row(name.replace("_", " "), [_cell(value) for value in arms]))
+        if any(value and value["top5"] for value in arms):
+            rows.append(_row("  top-5", [_cell(value and value["top5"]) for value in arms]))
+        if any(value and value.get("best") for value in arms):
+            rows.append(_row("  best, selected on test images", [_best(value) for value in arms]))
+    return "\n".join([*rows, *_classes_text(found)])
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<34}{cells[0]:<24}{cells[1]}".rstrip()
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    return str(Score(value["correct"], value["num"])) if value else "not run"
+
+
+def _best(value: dict[str, Any] | None) -> str:
+    top = value and value.get("best")
+    return f"{100 * top['value']:.1f} % (epoch {top['epoch']})" if top else ""
+
+
+def _classes_text(found: dict[str, Any]) -> list[str]:
+    """Where the last measure of the pretrained arm errs: worst classes, most frequent mistakes."""
+    names, measures = found["class_names"], found["scores"]["pretrained"]
+    measure = list(measures)[-1]
+    classes = [
+        (correct / num, f"{name} {correct}/{num}")
+        for name, (correct, num) in zip(names, measures[measure]["per_class"], strict=True)
+        if correct < num
+    ]
+    worst = [text for _, text in sorted(classes)[:SHOWN_CLASSES]]
+    confused = [
+        f"{names[true]} taken for {names[taken]} ({count})"
+        for true, taken, count in measures[measure]["confusion"][:SHOWN_CLASSES]
+    ]
+    if not worst:
+        return []
+    return [
+        f"\nby {measure.replace('_', ' ')}, pretrained:",
+        f"  hardest: {', '.join(worst)}",
+        f"  confused: {', '.join(confused)}",
+    ]

@@ -1,0 +1,118 @@
+"""All views of a group from uint8 pixels: resize, colours, blur and CutMix in three launches.
+
+`fastidmm.augment.render` is the definition, and the path of every other device. What differs here:
+sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
+resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
+1/255 where it is bicubic. What the kernels do not know, RandAugment and Mixup, is done to resized
+crops by the plain renderer's own functions.
+
+    resize   a program per crop and block of it: both passes as small matrix products
+    means    a program per crop: the gray that contrast turns about, at its place in the order
+    finish   a program per crop and block of it: jitter, gray, blur, solarize, flip, normalise, and
+             each pixel stored where CutMix wants it, once
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastidmm import augment, colour
+from fastidmm.batch import ViewGroup
+from fastidmm.plan import Crops, GroupPlan
+from fastidmm.store import Store
+
+try:
+    import triton
+
+    from fastidmm.kernels import views_programs as programs
+except ImportError:  # elsewhere than on Linux
+    triton = None
+
+ROWS = 16  # output rows of a program: the least that a matrix product takes
+COLUMNS = 128  # output columns of a program, at most
+SOURCE_ROWS, SOURCE_COLUMNS = 32, 64  # of a source tile
+PIXELS = 1024  # of a step of `means`
+
+
+def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
+    if triton is None or not store.pixels.is_cuda:
+        return reference(store, plan, group, dtype)
+    return fused(store, plan, group, dtype) if fusible(plan) else partly(store, plan, group, dtype)
+
+
+def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
+    """Crops without chance, normalised, as evaluation sees them: (C, 3, S, S) float32."""
+    if triton is None or not store.pixels.is_cuda:
+        return augment.render_plain(store, crops, group)
+    return colour.normalise(resize(store, crops, torch.float32).permute(0, 3, 1, 2), group)
+
+
+def reference(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """The definition: the plain renderer's views, in the type and layout asked for."""
+    pixels = augment.render(store, plan, group)
+    return pixels.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def fusible(plan: GroupPlan) -> bool:
+    """Whether the kernels know all that a plan asks for."""
+    return plan.mix != "mixup" and not plan.operation.shape[1]
+
+
+def partly(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """The same views with the resize alone fused."""
+    resized = resize(store, plan.crops, torch.float32).permute(0, 3, 1, 2)
+    pixels = augment.MIXES[plan.mix](augment.finished(resized, plan, group), plan)
+    return pixels.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def fused(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """The same views by three kernels, without waiting for the device."""
+    crops = plan.crops
+    num, size = crops.rows.numel(), crops.size
+    device = store.pixels.device
+    # Half precision keeps 11 bits of values in [0, 1]: finer than the 8 they come from.
+    between = torch.float32 if dtype == torch.float32 else torch.float16
+    resized = resize(store, crops, between)
+    found = torch.empty(num, size, size, 3, dtype=dtype, device=device)
+    if not num:
+        return found.permute(0, 3, 1, 2)
+    mean = torch.empty(num, dtype=torch.float32, device=device)
+    chain = (plan.jitter, plan.order, plan.factors, plan.gray)
+    programs.means[(num,)](resized, mean, *chain[:3], size, BLOCK=PIXELS)
+    radius = math.ceil(4 * group.sigma[1]) if group.blur else 0
+    goes_to = torch.empty_like(plan.partner)
+    goes_to[plan.partner] = torch.arange(num, device=device)
+    columns, wide = _blocks(size, radius)
+    programs.finish[(num, triton.cdiv(size, ROWS), triton.cdiv(size, columns))](
+        resized, found, mean, *chain, plan.blur, plan.sigma, plan.solarize, plan.flip,
+        plan.box, goes_to, size, *group.mean, *group.std,
+        RADIUS=radius, ROWS=ROWS, TALL=triton.next_power_of_2(ROWS + 2 * radius),
+        WIDE=wide, COLUMNS=columns, BLUR=bool(group.blur), CUTMIX=plan.mix == "cutmix",
+        num_warps=8,
+    )  # fmt: skip
+    return found.permute(0, 3, 1, 2)
+
+
+def _blocks(size: int, radius: int) -> tuple[int, int]:
+    """Columns that a program finishes, and columns that their blur reads; powers of two."""
+    columns = max(16, triton.next_power_of_2(size))
+    if size + 2 * radius > COLUMNS:
+        columns = COLUMNS // 2
+    return columns, max(16, triton.next_power_of_2(min(size, columns) + 2 * radius))
+
+
+def resize(store: Store, crops: Crops, dtype: torch.dtype) -> Tensor:
+    """Crops cut out and resized, antialiased, in [0, 1]: (C, S, S, 3)."""
+    num, size = crops.rows.numel(), crops.size
+    found = torch.empty(num, size, size, 3, dtype=dtype, device=store.pixels.device)
+    if num:
+        columns = min(COLUMNS, max(16, triton.next_power_of_2(size)))
+        programs.resize[(num, triton.cdiv(size, ROWS), triton.cdiv(size, columns))](
+            store.pixels, store.offset, store.width.contiguous(), crops.rows, crops.window,
+            crops.origin, crops.scale, found, size,
+            CUBIC=crops.interpolation == "bicubic", ROWS=ROWS, COLUMNS=columns,
+            TALL=SOURCE_ROWS, WIDE=SOURCE_COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return found
