@@ -27,6 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: importing rich for its boxes doubles the time to it
 )
 
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -76,10 +79,11 @@ def recipe_settings(**flags: Any) -> dict[str, Any]:
 def prepare(
     dataset: Annotated[str | None, typer.Option(help="One of `fastidmm list`.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="A folder or an archive already on disk.")
+        Path | None, typer.Option("--from", help="A folder, archive or CSV already on disk.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call it. [default: --dataset]")] = None,
     max_side: Annotated[int, typer.Option(min=0, help="Longest side kept, px; 0: any.")] = 1024,
+    shard_size: Annotated[int, typer.Option(min=0, help="Pixels in a file, GB; 0: any.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
     listing: Annotated[bool, typer.Option("--list", help="Show what can be prepared.")] = False,
     weights: Annotated[
@@ -107,7 +111,13 @@ def prepare(
     from fastidmm.registry import find
 
     opened = find("dataset", str(dataset))().open(from_=source, seed=seed)
-    summary = run(opened, name or str(dataset), max_side=max_side, quiet=as_json)
+    summary = run(
+        opened,
+        name or str(dataset),
+        max_side=max_side,
+        shard_bytes=shard_size * 10**9,
+        quiet=as_json,
+    )
     return answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 
 
@@ -282,6 +292,28 @@ def list_parts(as_json: JsonOption = False) -> None:
         line for kind, names in found.items() for line in (f"{kind}:", *(f"  {n}" for n in names))
     ]
     answer(found, as_json, "\n".join(lines))
+
+
+@bench.command("prepare")
+def bench_prepare(
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Photographs. [default: made-up ones]")
+    ] = None,
+    num_images: Annotated[int, typer.Option("--images", min=2, help="How many made-up.")] = 400,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
+    cores: Annotated[
+        list[int] | None, typer.Option("--cores", help="Repeatable. [default: 1, 2, 4, ..., all]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Images per second that are prepared, by cores.
+
+    Example: fastidmm bench prepare --from ~/photos
+    """
+    from fastidmm.bench.prepare import measure, text
+
+    found = measure(source, num_images=num_images, repeats=repeats, cores=cores)
+    answer(found, as_json, lambda: text(found))
 
 
 def _run(name: str | None) -> Path:

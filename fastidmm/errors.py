@@ -32,7 +32,7 @@ class OutOfMemoryError(FastidmmError):
 
 
 class Interrupted(FastidmmError):
-    """Stopped from outside; `fastidmm resume` goes on to the same bits."""
+    """Stopped from outside; `fastidmm resume`, or `prepare` again, goes on to the same bits."""
 
     status = 75
 

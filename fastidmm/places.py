@@ -69,3 +69,16 @@ def read_json(folder: Path) -> dict[str, Any]:
 def has_split(name: str, split: str) -> bool:
     """Whether a dataset is prepared and has that split."""
     return name in prepared() and split in read_json(folder_of(name))["splits"]
+
+
+def shard_name(split: str, place: int | None = None) -> str:
+    """The file of a split, or of one of its shards."""
+    return f"{split}.safetensors" if place is None else f"{split}-{place:05d}.safetensors"
+
+
+def split_files(split: str, told: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a split in order, each with its figures, from what `store.json` says of it."""
+    shards = told.get("shards")
+    if not shards:
+        return {shard_name(split): told}
+    return {shard_name(split, place): shard for place, shard in enumerate(shards)}

@@ -1,26 +1,64 @@
 """Make a store of a dataset: list, decode once, write, put in place."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from PIL import __version__ as pillow_version
+
+from fastidmm.checks import check
 from fastidmm.datasets import Item, Source, Unusable
-from fastidmm.decode import Picture, decode_all
-from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.pack import Packed, pack
-from fastidmm.places import READER_VERSION, check_name, home, read_json
+from fastidmm.decode import Facts, Picture, Pictures, decode_all
+from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError
+from fastidmm.interrupt import Stop, stoppable
+from fastidmm.journal import Journal
+from fastidmm.making import Making, alone, write
+from fastidmm.pack import Packed, Packer
+from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files
 from fastidmm.summary import Summary, shown
 
 Described = dict[str, Any]
+
+SHARD_BYTES = 64_000_000_000  # pixels in one file of a store
+SYNC_BYTES = 1 << 28  # pixels that may have to be read again after a kill
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be made of what."""
+
+    source: Source
+    name: str
+    max_side: int
+    shard_bytes: int
+    workers: int | None
+    quiet: bool
+
+    def signature(self) -> str:
+        """What a store depends on, hashed: the files as they stand, and how they are read."""
+        source = self.source
+        told = (source.description, source.class_names, source.split_seed, source.notes)
+        left_out = [asdict(file) for file in source.unusable]
+        root = str(source.root.resolve())
+        how = [READER_VERSION, self.max_side, self.shard_bytes, root, told, left_out]
+        digest = sha256(json.dumps(how).encode())
+        for split in (source.train, source.test):
+            digest.update(b"\n")
+            for item in split:
+                digest.update(json.dumps([item.file, item.label, *_stamp(root, item)]).encode())
+        return digest.hexdigest()
 
 
 @dataclass(slots=True)
@@ -31,18 +69,14 @@ class _Tally:
     converted: Counter[str] = field(default_factory=Counter)
     animated: list[str] = field(default_factory=list)
 
-    def usable(
-        self, items: Iterable[Item], pictures: Iterator[Picture | str]
-    ) -> Iterator[tuple[Item, Picture]]:
-        """The items that could be decoded, each with its picture; the others are noted."""
-        for item, picture in zip(items, pictures, strict=False):
-            if isinstance(picture, str):
-                self.unusable.append(Unusable(item.file, picture))
-                continue
-            self.converted.update(picture.conversions)
-            if "animated" in picture.conversions:
-                self.animated.append(item.file)
-            yield item, picture
+    def note(self, item: Item, outcome: Facts | str) -> None:
+        """Take in one file's outcome."""
+        if isinstance(outcome, str):
+            self.unusable.append(Unusable(item.file, outcome))
+            return
+        self.converted.update(outcome.conversions)
+        if "animated" in outcome.conversions:
+            self.animated.append(item.file)
 
 
 def prepare(
@@ -50,46 +84,29 @@ def prepare(
     name: str,
     *,
     max_side: int = 1024,
+    shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Summary:
     """Decode a source into the store `name`, unless that is what it holds, and make it current.
 
-    `max_side` limits the long side in pixels (0: no limit); `workers` is the number of decoding
-    threads (None: one per core).
+    `max_side` limits the long side in pixels (0: no limit), `shard_bytes` the pixels in one file
+    (0: no limit); `workers` is the number of decoding threads (None: one per core). Whatever stops
+    it, doing the same again goes on behind the last picture that was written, to the same bytes.
     """
     folder = home() / "stores" / check_name(name, "dataset")
     if max_side < 0:
         raise UsageError(f"max_side {max_side} is less than 0: give pixels, or 0 for no limit.")
-    signature = _signature(source, max_side)
+    wanted = _Wanted(source, name, max_side, shard_bytes, workers, quiet)
+    signature = wanted.signature()
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        described = _found(folder, signature)
-        fresh = described is None
-        if described is None or any(path.exists() for path in _dot_folders(folder)):
-            with _part(folder) as part:
-                if described is None:
-                    described = _decoded(part, source, name, max_side, workers, quiet)
-                    described["source_signature"] = signature
-                    _write(part / "store.json", json.dumps(described, indent=1))
-                    _put_in_place(part, folder)
-                else:
-                    shutil.rmtree(part)
+        with alone(folder) as making:
+            found = _found(folder, signature)
+            told = found or _made(making, wanted, signature)
+            making.clear()
         _make_current(name)
-    return Summary.of(described, folder, fresh)
-
-
-def _signature(source: Source, max_side: int) -> str:
-    """What a store depends on, hashed: the files as they stand, and how they are read."""
-    told = (source.description, source.class_names, source.split_seed, source.notes)
-    left_out = [asdict(file) for file in source.unusable]
-    root = str(source.root.resolve())
-    digest = sha256(json.dumps([READER_VERSION, max_side, root, told, left_out]).encode())
-    for split in (source.train, source.test):
-        digest.update(b"\n")
-        for item in split:
-            digest.update(json.dumps([item.file, item.label, *_stamp(root, item)]).encode())
-    return digest.hexdigest()
+    return Summary.of(*told, folder, fresh=found is None)
 
 
 def _stamp(root: str, item: Item) -> tuple[int, ...]:
@@ -100,63 +117,158 @@ def _stamp(root: str, item: Item) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns
 
 
-def _found(folder: Path, signature: str) -> Described | None:
-    """The description of a store that is whole and of this signature, if there is one."""
+def _found(folder: Path, signature: str) -> tuple[Described, Described] | None:
+    """What a store and its checks say, if it is whole and of this signature."""
     try:
         described = read_json(folder)
-        for split, kept in described["splits"].items():
-            if (folder / f"{split}.safetensors").stat().st_size != kept["num_bytes"]:
-                return None
-    except (DataError, OSError):
+        for split, told in described["splits"].items():
+            for file, shard in split_files(split, told).items():
+                if (folder / file).stat().st_size != shard["num_bytes"]:
+                    return None
+        checks = json.loads((folder / "prepare.json").read_text())
+    except (DataError, OSError, ValueError):
         return None
-    return described if described["source_signature"] == signature else None
+    return (described, checks) if described["source_signature"] == signature else None
 
 
-def _decoded(
-    part: Path, source: Source, name: str, max_side: int, workers: int | None, quiet: bool
-) -> Described:
-    """Decode and write every split; returns what `store.json` says of them."""
-    tally = _Tally(list(source.unusable))
-    splits = {"train": source.train, "test": source.test}
-    paths = [source.root / item.file for items in splits.values() for item in items]
-    packed = {}
-    with closing(decode_all(paths, max_side=max_side, workers=workers)) as pictures:
-        watched = _watched(pictures, len(paths), name, quiet)
-        for split, items in splits.items():
-            # Exhausting the train items leaves the pictures at the first test item.
-            written = pack(part / f"{split}.safetensors", tally.usable(items, watched))
-            if written.files:
-                packed[split] = written
-            else:
-                (part / f"{split}.safetensors").unlink()
-    _check_enough(packed.get("train", Packed()), source, tally.unusable)
+def _made(making: Making, wanted: _Wanted, signature: str) -> tuple[Described, Described]:
+    """Make the store, or go on making it, and put it in place."""
+    # What another Pillow began is not gone on with: it may have decoded to other pixels.
+    with closing(Journal(making.journal, f"{signature} {pillow_version}")) as journal:
+        if not journal.found:
+            shutil.rmtree(making.part, ignore_errors=True)
+        making.part.mkdir(exist_ok=True)
+        tally = _Tally(list(wanted.source.unusable))
+        with stoppable() as stop, closing(_Work(wanted, journal, stop)) as work:
+            packed = work.done(making.part, tally)
+        try:
+            _check_enough(packed["train"], wanted.source, tally.unusable)
+        except DataError:
+            making.clear()
+            raise
+        checks = check(packed["train"], packed["test"], wanted.source.class_names, tally.unusable)
+        described = _described(wanted, packed, tally)
+        described["source_signature"] = signature
+        write(making.part / "prepare.json", json.dumps(checks, indent=1))
+        write(making.part / "store.json", json.dumps(described, indent=1))
+        making.put_in_place()
+    return described, checks
+
+
+class _Work:
+    """Takes every file in order: those noted before first, then by decoding."""
+
+    def __init__(self, wanted: _Wanted, journal: Journal, stop: Stop) -> None:
+        self._wanted, self._journal, self._stop = wanted, journal, stop
+        self._splits = {"train": wanted.source.train, "test": wanted.source.test}
+        self._known = journal.known()
+        self._fresh: Pictures | None = None
+        self._num_done = 0
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        if self._fresh:
+            self._fresh.close()
+
+    def done(self, part: Path, tally: _Tally) -> dict[str, Packed]:
+        """Write every split below `part`."""
+        packed = {}
+        total = sum(len(items) for items in self._splits.values())
+        with _watching(total, self._wanted) as watch:
+            for split, items in self._splits.items():
+                with Packer(part, split, self._wanted.shard_bytes) as packer:
+                    for item in items:
+                        tally.note(item, self._next(item, packer))
+                        watch(self._num_done)
+                        if self._stop.requested:
+                            self._save(packer)
+                            raise Interrupted(
+                                f"stopped after {self._num_done:,} of {total:,} files: the same "
+                                "command goes on from there."
+                            )
+                    packed[split] = packer.finish()
+        return packed
+
+    def _next(self, item: Item, packer: Packer) -> Facts | str:
+        """The next file's outcome, in its place in the store and in the journal."""
+        if self._fresh is None:
+            noted = next(self._known, None)
+            if noted and packer.holds(noted):
+                if isinstance(noted.outcome, Facts):
+                    packer.add(item, noted.outcome)
+                self._num_done += 1
+                return noted.outcome
+            self._journal.cut()
+            root, items = self._wanted.source.root, chain(*self._splits.values())
+            self._fresh = decode_all(
+                (root / item.file for item in islice(items, self._num_done, None)),
+                max_side=self._wanted.max_side,
+                workers=self._wanted.workers,
+            )
+        outcome = next(self._fresh)
+        if isinstance(outcome, Picture):
+            packer.add(item, outcome)
+        self._journal.add(outcome)
+        if packer.unsynced >= SYNC_BYTES:
+            self._save(packer)
+        self._num_done += 1
+        return outcome
+
+    def _save(self, packer: Packer) -> None:
+        packer.sync()
+        self._journal.mark()
+
+
+def _described(wanted: _Wanted, packed: dict[str, Packed], tally: _Tally) -> Described:
+    """What `store.json` says."""
+    source = wanted.source
     return {
         "reader_version": READER_VERSION,
-        "name": name,
+        "name": wanted.name,
         "class_names": source.class_names,
-        "splits": {split: _told(written) for split, written in packed.items()},
+        "splits": {split: _told(written) for split, written in packed.items() if written.files},
         "source": {"description": source.description, "path": str(source.root.resolve())},
-        "max_side": max_side,
+        "max_side": wanted.max_side,
         "split_seed": source.split_seed,
         "unusable": [asdict(file) for file in tally.unusable],
         "converted": dict(sorted(tally.converted.items())),
         "animated": tally.animated,
-        "notes": [*source.notes, *_classes_lost(source, packed["train"])],
+        "notes": source.notes,
     }
 
 
-def _watched(
-    pictures: Iterator[Picture | str], total: int, name: str, quiet: bool
-) -> Iterator[Picture | str]:
-    """The same pictures, with a progress bar where a person is looking."""
-    from rich.console import Console
-    from rich.progress import track
+def _told(packed: Packed) -> Described:
+    told: Described = {
+        "num_images": len(packed.files),
+        "num_bytes": packed.num_bytes,
+        "fingerprint": packed.fingerprint(),
+        "files": packed.files,
+    }
+    if len(packed.shards) > 1:
+        told["shards"] = [asdict(shard) for shard in packed.shards]
+    return told
 
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return pictures
-    text = f"Decoding {name}"
-    return iter(track(pictures, text, total=total, console=console, transient=True))
+
+@contextmanager
+def _watching(total: int, wanted: _Wanted) -> Iterator[Callable[[int], None]]:
+    """A bar where a person is looking, a line a minute elsewhere; call it with the files done."""
+    if wanted.quiet or not sys.stderr.isatty():
+        said = time.monotonic()
+
+        def say(num_done: int) -> None:
+            nonlocal said
+            if not wanted.quiet and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{wanted.name}: {num_done:,} of {total:,} files", file=sys.stderr)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(f"Decoding {wanted.name}", total=total)
+        yield lambda num_done: progress.update(bar, completed=num_done)
 
 
 def _check_enough(train: Packed, source: Source, unusable: list[Unusable]) -> None:
@@ -171,85 +283,10 @@ def _check_enough(train: Packed, source: Source, unusable: list[Unusable]) -> No
     )
 
 
-def _classes_lost(source: Source, train: Packed) -> list[str]:
-    lost = sorted(set(range(len(source.class_names))) - set(train.labels))
-    names = ", ".join(source.class_names[label] for label in lost)
-    return [f"no usable training image in: {names}"] if lost else []
-
-
-def _told(packed: Packed) -> Described:
-    return {
-        "num_images": len(packed.files),
-        "num_bytes": packed.num_bytes,
-        "fingerprint": packed.fingerprint(),
-        "files": packed.files,
-    }
-
-
-def _dot_folders(folder: Path) -> tuple[Path, Path]:
-    """What stands beside `folder` for as long as it is made, or after a process was killed."""
-    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-
-
-@contextmanager
-def _part(folder: Path) -> Iterator[Path]:
-    """A dot folder beside `folder` for this process alone, removed if anything goes wrong."""
-    part, old = _dot_folders(folder)
-    part.mkdir(exist_ok=True)
-    with (part / "lock").open("w") as lock:
-        _lock(lock.fileno(), folder.name)
-        shutil.rmtree(old, ignore_errors=True)
-        for left_over in part.iterdir():
-            if left_over.name != "lock":
-                left_over.unlink()
-        try:
-            yield part
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-
-
-def _lock(file: int, name: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{name!r} is being prepared by another process: wait for it.") from None
-    except OSError:
-        pass  # Some network file systems have no locks.
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Give a finished store its name, instead of whatever had it."""
-    _, old = _dot_folders(folder)
-    (part / "lock").unlink()
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _make_current(name: str) -> None:
     marker = home() / f".current.{os.getpid()}"
-    _write(marker, name)
+    write(marker, name)
     marker.replace(home() / "current")
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """See a folder's list of names onto the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -264,8 +301,8 @@ def _writing(folder: Path) -> Iterator[None]:
 def _refusal(problem: OSError, folder: Path) -> FastidmmError:
     if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DataError(
-            f"no space left for {folder}: free some, lower max_side, or set FASTIDMM_HOME "
-            "to a folder on a larger disk."
+            f"no space left for {folder}: free some and do the same again, which goes on from "
+            "here, or lower max_side, or set FASTIDMM_HOME to a folder on a larger disk."
         )
     return UsageError(
         f"{folder} cannot be written ({problem.strerror or problem}): set FASTIDMM_HOME to a "

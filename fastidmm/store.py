@@ -8,9 +8,12 @@ A store is a folder: `train.safetensors` and, when there is one, `test.safetenso
     width   int32  (N,)
     label   int64  (N,)      the class, or -1 where there are no labels
 
-and `store.json`: class names, source files, fingerprint, split seed, the reader's version.
+`store.json`: class names, source files, fingerprint, split seed, the reader's version; and
+`prepare.json`: what `checks.py` found. A split of more than `--shard-size` lies in several such
+files, `train-00000.safetensors` and so on, each complete in itself.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from fastidmm.places import has_split as has_split
 from fastidmm.places import home as home
 from fastidmm.places import prepared as prepared
 from fastidmm.places import read_json as read_json
+from fastidmm.places import split_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Store:
     width: Tensor  # (N,) int32
     label: Tensor  # (N,) int64, -1 where unknown
     class_names: tuple[str, ...]
-    fingerprint: str  # SHA-256 over every pixel, size and label of the split
+    fingerprint: str  # SHA-256 over every pixel, size and label of the whole split
     max_height: int = field(init=False)  # known to the host, so that a GPU need not be asked
     max_width: int = field(init=False)
     labelled: bool = field(init=False)
@@ -77,7 +81,16 @@ class Store:
 
 
 def open_store(folder: Path, split: str) -> Store:
-    """Open one split by memory map; nothing is read but what is touched."""
+    """Open one split by memory map; nothing is read but what is touched.
+
+    Shards are copied into one piece of memory, since a Store has one; `open_shards` maps them.
+    """
+    shards = open_shards(folder, split)
+    return shards[0] if len(shards) == 1 else _joined(shards, folder, split)
+
+
+def open_shards(folder: Path, split: str) -> list[Store]:
+    """Open the files of one split by memory map, in the order of their rows."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -86,15 +99,46 @@ def open_store(folder: Path, split: str) -> Store:
         raise DataError(
             f"{folder.name!r} has no {split} split: prepare a folder with train/ and test/."
         )
-    path = folder / f"{split}.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as problem:
-        raise DataError(f"{path} cannot be read ({problem}); prepare the dataset again.") from None
-    return Store(
-        **tensors,
-        class_names=tuple(described["class_names"]),
-        fingerprint=described["splits"][split]["fingerprint"],
+    told = described["splits"][split]
+    shards = []
+    for file in split_files(split, told):
+        path = folder / file
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as problem:
+            raise DataError(
+                f"{path} cannot be read ({problem}); prepare the dataset again."
+            ) from None
+        shards.append(
+            Store(
+                **tensors,
+                class_names=tuple(described["class_names"]),
+                fingerprint=told["fingerprint"],
+            )
+        )
+    return shards
+
+
+def _joined(shards: list[Store], folder: Path, split: str) -> Store:
+    """One store of all shards' rows, in memory."""
+    num_bytes = sum(shard.pixels.numel() for shard in shards)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise DataError(
+            f"the {len(shards)} shards of {folder.name}'s {split} split hold {num_bytes / 1e9:.1f} "
+            f"GB, this machine {memory / 1e9:.1f} GB of memory: prepare it with a smaller "
+            "--max-side, or with --shard-size 0, whose one file is mapped and not copied."
+        )
+    sizes = torch.tensor([shard.pixels.numel() for shard in shards])
+    starts = sizes.cumsum(0) - sizes
+    offsets = [shard.offset + start for shard, start in zip(shards, starts, strict=True)]
+    return replace(
+        shards[0],
+        pixels=torch.cat([shard.pixels for shard in shards]),
+        offset=torch.cat(offsets),
+        height=torch.cat([shard.height for shard in shards]),
+        width=torch.cat([shard.width for shard in shards]),
+        label=torch.cat([shard.label for shard in shards]),
     )
 
 

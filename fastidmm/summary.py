@@ -25,10 +25,13 @@ class Summary:
     converted: dict[str, int]  # what was done to how many images
     animated: tuple[str, ...]  # files of which the first frame was taken
     notes: tuple[str, ...]
+    checks: dict[str, Any]  # as `checks.check` returns them
 
     @classmethod
-    def of(cls, described: dict[str, Any], folder: Path, fresh: bool) -> "Summary":
-        """Read off `store.json`."""
+    def of(
+        cls, described: dict[str, Any], checks: dict[str, Any], folder: Path, fresh: bool
+    ) -> "Summary":
+        """Read off `store.json` and `prepare.json`."""
         splits = described["splits"]
         return cls(
             name=described["name"],
@@ -44,6 +47,7 @@ class Summary:
             converted=described["converted"],
             animated=tuple(described["animated"]),
             notes=tuple(described["notes"]),
+            checks=checks,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class Summary:
 
     def lines(self, limit: int = 10) -> list[str]:
         """The same for people; of long lists the first `limit`."""
-        lines = [f"{self.name}: {self._holds()}{'' if self.fresh else ' (prepared before)'}"]
+        lines = [self.heading()]
         if self.unusable:
             count = counted(len(self.unusable), "file")
             lines.append(f"{count} unusable: {shown(self.unusable, limit)}")
@@ -62,7 +66,11 @@ class Summary:
         if self.animated:
             files = _listed([printable(file) for file in self.animated], limit)
             lines.append(f"first frame only: {files}")
-        return [*lines, *self.notes, f"in {self.folder}"]
+        return [*lines, *self.notes, *_findings(self.checks), f"in {self.folder}"]
+
+    def heading(self) -> str:
+        """What the store holds, in a line."""
+        return f"{self.name}: {self._holds()}{'' if self.fresh else ' (prepared before)'}"
 
     def _holds(self) -> str:
         images = f"{self.num_train:,} training and {counted(self.num_test, 'test image')}"
@@ -88,9 +96,54 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _listed(texts: list[str], limit: int) -> str:
-    more = len(texts) - limit
-    return ", ".join(texts[:limit]) + (f" and {more:,} more (see store.json)" if more > 0 else "")
+def _listed(texts: list[str], limit: int, total: int | None = None, at: str = "store.json") -> str:
+    more = (len(texts) if total is None else total) - limit
+    return ", ".join(texts[:limit]) + (f" and {more:,} more (see {at})" if more > 0 else "")
+
+
+FEW_CASES = 5
+FINDINGS: dict[str, tuple[str, str]] = {
+    "same_in_train": ("training image repeats another", "training images repeat others"),
+    "same_in_test": ("test image is a training image too", "test images are training images too"),
+    "alike_in_train": ("training image looks like another", "training images look like others"),
+    "alike_in_test": (
+        "test image looks like a training image",
+        "test images look like training images",
+    ),
+    "labels_differ": (
+        "image has another label than the one it repeats or looks like",
+        "images have another label than the one they repeat or look like",
+    ),
+    "small_classes": (
+        "class with fewer than 5 training images",
+        "classes with fewer than 5 training images",
+    ),
+    "tiny": ("image with a side of less than 32 px", "images with a side of less than 32 px"),
+}
+
+
+def _findings(checks: dict[str, Any]) -> list[str]:
+    """What the checks found, a line each."""
+    lines = list(checks["warnings"])
+    for name, (one, many) in FINDINGS.items():
+        total = checks[name]["count"]
+        if total:
+            cases = [_case(case) for case in checks[name]["cases"]]
+            listed = _listed(cases, FEW_CASES, total, "prepare.json")
+            lines.append(f"{counted(total, one, many)}: {listed}")
+    return lines
+
+
+def _case(case: dict[str, Any]) -> str:
+    """One case of a finding, short."""
+    if "class" in case:
+        return f"{printable(case['class'])} ({case['num_train']})"
+    if "height" in case:
+        return f"{printable(case['file'])} ({case['height']} x {case['width']})"
+    names = [case["file"], case["like"]]
+    labels = [f" ({case[key]})" if key in case else "" for key in ("label", "like_label")]
+    sign = " ~ " if "bits" in case else " = "
+    return sign.join(printable(n) + label for n, label in zip(names, labels, strict=True))
 
 
 def _size(num_bytes: int) -> str:

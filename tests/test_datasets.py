@@ -102,12 +102,41 @@ def test_hidden_files_loops_and_odd_names(tmp_path: Path) -> None:
     ]
 
 
+def test_links_out_of_the_folder_are_named_and_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "out/secret.jpg", "in2/near.jpg")
+    root = touch(tmp_path / "in", "a/1.jpg", "b/2.jpg")
+    links = {
+        "a/far.jpg": "../../out/secret.jpg",
+        "a/absolute.jpg": str(tmp_path / "out" / "secret.jpg"),
+        "a/beside.jpg": "../../in2/near.jpg",
+        "a/twice.jpg": "far.jpg",
+        "a/gone.jpg": "../../nowhere.jpg",
+        "a/folder": "../../out",
+        "b/inside.jpg": "../a/1.jpg",
+        "b/empty.jpg": "nothing.jpg",
+        "b/loop.jpg": "loop.jpg",
+        "b/up": "..",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    source = Folder().open(from_=root, seed=0)
+    out = ("absolute.jpg", "beside.jpg", "far.jpg", "folder", "gone.jpg", "twice.jpg")
+    assert [(left.file, left.reason) for left in source.unusable] == [
+        *((f"a/{name}", "a link out of the folder") for name in out),
+        ("b/up", "a link to a folder"),
+    ]
+    taken = sorted(item.file for item in (*source.train, *source.test))
+    assert taken == ["a/1.jpg", "b/2.jpg", "b/empty.jpg", "b/inside.jpg", "b/loop.jpg"]
+    (tmp_path / "in3").symlink_to(root)
+    assert Folder().open(from_=tmp_path / "in3", seed=0) == source
+
+
 @pytest.mark.parametrize(
     ("files", "given", "error", "words"),
     [
         ([], None, UsageError, "--from PHOTOS"),
         ([], "gone", UsageError, "there is no folder"),
-        (["a.jpg"], "a.jpg", UsageError, "is a file"),
+        (["a.jpg"], "a.jpg", UsageError, "is a file: --from takes a folder or a .csv"),
         ([], ".", DataError, "holds no images"),
         (["a.txt"], ".", DataError, "holds no images"),
         (["train/a/1.jpg", "test/new/2.jpg"], ".", DataError, "train has not: new;"),

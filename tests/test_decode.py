@@ -1,6 +1,9 @@
 """Decoding against pictures made by hand and against Pillow's own arrays."""
 
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastidmm import decode
 from fastidmm.decode import Picture, decode_all
 
 Pixels = NDArray[np.uint8]
@@ -173,6 +177,91 @@ def test_a_bomb_is_refused_unopened(tmp_path: Path, side: int) -> None:
     header = f"P4\n{side} {side}\n".encode()
     (tmp_path / "bomb.ppm").write_bytes(header)
     assert reason(tmp_path / "bomb.ppm") == "more than 50 million pixels"
+
+
+@pytest.mark.parametrize(
+    "kind", ["ICO", "TGA", "PCX", "SGI", "DDS", "ICNS", "EPS", "PDF", "JPEG2000"]
+)
+def test_other_formats_are_not_opened_whatever_they_are_called(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a.jpg", kind)
+    assert reason(tmp_path / "a.jpg") == "not an image"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
+def test_the_seven_formats_are_read_whatever_they_are_called(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (9, 5), (0, 0, 255)).save(tmp_path / "a.txt", kind)
+    pixels, _ = decoded(tmp_path / "a.txt")
+    assert pixels.shape == (5, 9, 3) and np.abs(pixels - np.array([0, 0, 255])).max() < 8
+
+
+def test_a_file_too_large_is_not_opened(tmp_path: Path) -> None:
+    with (tmp_path / "a.webp").open("wb") as file:
+        file.truncate(decode.MAX_FILE + 1)
+    assert reason(tmp_path / "a.webp") == "a file of more than 256 MiB"
+
+
+def test_fifty_million_pixels_are_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.pbm").write_bytes(b"P4\n10000 5000\n" + bytes(6_250_000))
+    (tmp_path / "b.pbm").write_bytes(b"P4\n10000 5001\n" + bytes(6_251_250))
+    assert decoded(tmp_path / "a.pbm", max_side=10)[0].shape == (5, 10, 3)
+    assert reason(tmp_path / "b.pbm") == "more than 50 million pixels"
+
+
+def test_memory_is_given_out_in_turn_and_within_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(30)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (10 + number % 4 * 30, 40), (number, 0, 0)).save(path)
+    paths[7].write_text("no photograph")
+    held: list[int] = []
+    real = decode.Room.take
+
+    def noting(room: decode.Room, turn: int, num_bytes: int) -> None:
+        real(room, turn, num_bytes)
+        held.append(room._held)
+
+    monkeypatch.setattr(decode.Room, "take", noting)
+    most = 22 * 100 * 40  # what the widest needs
+    for num_bytes, bound in ((2 * most, 2 * most), (1, most)):
+        held.clear()
+        monkeypatch.setattr(decode, "ROOM", num_bytes)
+        pictures = list(decode_all(paths, max_side=0, workers=4))
+        rows = [p.pixels[0] for p in pictures if isinstance(p, Picture)]
+        assert rows == [row for row in range(30) if row != 7] and pictures[7] == "not an image"
+        assert len(held) == 30 and max(held) <= bound
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from fastidmm import decode
+decode.ROOM = 100 << 20
+paths = [Path(sys.argv[1])] * 16
+assert all(p.height == 2000 for p in decode.decode_all(paths, max_side=0, workers=8))
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_many_threads_with_large_pictures_stay_small(tmp_path: Path) -> None:
+    Image.new("RGBA", (2000, 2000), (9, 90, 200, 128)).save(tmp_path / "a.png")
+    words = [sys.executable, "-c", PEAK, str(tmp_path / "a.png")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 250 << 10
+
+
+def test_stopping_early_ends_the_threads_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "ROOM", 1)
+    for number in range(20):
+        Image.new("RGB", (50, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    pictures = decode_all(sorted(tmp_path.iterdir()), max_side=0, workers=3)
+    assert isinstance(next(pictures), Picture)
+    before = threading.active_count()
+    pictures.close()
+    assert threading.active_count() == before - 3
 
 
 def test_many_threads_keep_the_order(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_the_readme_names_commands_that_exist() -> None:
     from fastidmm.cli import app
 
     known = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    known |= {group.name or "" for group in app.registered_groups}
     typed = set(re.findall(r"(?m)(?:^|`)fastidmm ([a-z]+)", (ROOT / "README.md").read_text()))
     assert typed and typed <= known
 

@@ -3,9 +3,9 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -88,6 +88,17 @@ def no_decoding(*_: object, **__: object) -> NoReturn:
     raise AssertionError("decoded")
 
 
+def no_decoding_but_of(num: int) -> Callable[..., decode.Pictures]:
+    """Decoding, of at most so many."""
+
+    def few(paths: Iterable[Path], **options: Any) -> decode.Pictures:
+        listed = list(paths)
+        assert len(listed) <= num
+        return decode.decode_all(listed, **options)
+
+    return few
+
+
 def test_the_dataset_prepared_last_is_current_though_nothing_was_done(
     home: Path, photos: Path
 ) -> None:
@@ -155,7 +166,7 @@ def test_nothing_is_dropped_silently(home: Path, photos: Path) -> None:
     assert lines[2:5] == [
         "converted: 1 animated, 1 gray",
         "first frame only: train/b/moving.webp",
-        "no usable training image in: c",
+        "3 classes with fewer than 5 training images: c (0), a (2), b (4)",
     ]
     assert all("\n" not in line for line in summary.lines())
     assert json.loads(json.dumps(summary.as_dict()))["unusable"][0]["file"] == "train/a/readme.txt"
@@ -191,65 +202,11 @@ def test_too_few_images(home: Path, tmp_path: Path, good: int, words: str) -> No
     assert caught.value.status == 3 and stored(home) == [] and store.prepared() == []
 
 
-class Stop(BaseException):
-    """An interruption."""
-
-
 def refuse(code: int) -> Callable[..., NoReturn]:
     def raising(*_: object) -> NoReturn:
         raise OSError(code, os.strerror(code))
 
     return raising
-
-
-@pytest.mark.parametrize("already", [False, True])
-def test_an_interruption_leaves_what_was_there(
-    home: Path, photos: Path, already: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if already:
-        prepare(listed(photos), "mine")
-    before = prints() if already else None
-    save(photos / "train" / "a" / "1.png", 50)
-    calls = iter(range(3))
-
-    def stopping(path: Path, max_side: int) -> decode.Picture | str:
-        if next(calls, None) is None:
-            raise Stop
-        return "never mind"
-
-    monkeypatch.setattr(decode, "decode", stopping)
-    with pytest.raises(Stop):
-        prepare(listed(photos), "mine", workers=1)
-    assert stored(home) == (["mine"] if already else [])
-    assert (prints() if already else None) == before
-
-
-@pytest.mark.parametrize("already", [False, True])
-def test_what_a_killed_process_left_is_cleared(home: Path, photos: Path, already: bool) -> None:
-    if already:
-        prepare(listed(photos), "mine")
-    part = home / "stores" / ".mine.part"
-    part.mkdir(parents=True)
-    (part / "train.safetensors").write_bytes(b"half")
-    (part / "stray").touch()
-    (part / "lock").touch()
-    (home / "stores" / ".mine.old").mkdir()
-    assert prepare(listed(photos), "mine").fresh is not already
-    assert stored(home) == ["mine"]
-    assert sorted(path.name for path in (home / "stores" / "mine").iterdir()) == [
-        "store.json",
-        "test.safetensors",
-        "train.safetensors",
-    ]
-
-
-def test_two_at_once_do_not_meet(home: Path, photos: Path) -> None:
-    (home / "stores").mkdir(parents=True)
-    with (
-        module._part(home / "stores" / "mine"),
-        pytest.raises(UsageError, match="being prepared by another process"),
-    ):
-        prepare(listed(photos), "mine")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +228,11 @@ def test_a_disk_that_refuses(
     monkeypatch.setattr(pack, "_finish", refuse(code))
     with pytest.raises(error, match=words):
         prepare(listed(photos), "mine")
-    assert stored(home) == []
+    assert stored(home) == [".mine.journal", ".mine.part"] and store.prepared() == []
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTIDMM_HOME", str(home))
+    monkeypatch.setattr(module, "decode_all", no_decoding_but_of(1))
+    assert prepare(listed(photos), "mine").num_train == 4 and stored(home) == ["mine"]
 
 
 def test_a_home_that_is_a_file(
@@ -296,7 +257,7 @@ def test_sizes_are_told_in_readable_units(tmp_path: Path) -> None:
     def line(num_bytes: int) -> str:
         classes = ("a", "b", "c", "d")
         told = ("demo", tmp_path, True, 1668, 555, num_bytes, classes, 0, 1024)
-        return Summary(*told, (), {}, (), ()).lines()[0]
+        return Summary(*told, (), {}, (), (), {}).heading()
 
     assert line(420_400_000) == "demo: 1,668 training and 555 test images, 4 classes, 420 MB"
     assert line(1_260_000_000).endswith("1.3 GB") and line(12_300).endswith("12 kB")

@@ -1,6 +1,8 @@
 """A written split, read back by safetensors and by the store."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,27 @@ from fastidmm import store
 from fastidmm.datasets import Item
 from fastidmm.decode import Picture
 from fastidmm.errors import DataError, UsageError
-from fastidmm.pack import pack
+from fastidmm.pack import Packed, Packer
 from fastidmm.store import Store
 
 
 def picture(height: int, width: int, first: int = 0, digest: str = "d") -> Picture:
     pixels = (np.arange(height * width * 3) + first).astype(np.uint8).tobytes()
-    return Picture(pixels, height, width, digest, ())
+    return Picture(height, width, digest, None, (), pixels)
+
+
+def pack(folder: Path, rows: list[tuple[Item, Picture]], shard_bytes: int = 0) -> Packed:
+    with Packer(folder, "train", shard_bytes) as packer:
+        for item, decoded in rows:
+            packer.add(item, decoded)
+        return packer.finish()
 
 
 def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
     rows = [(Item("a", 2), picture(3, 5)), (Item("b", -1), picture(1, 1, 7))]
-    packed = pack(tmp_path / "x.safetensors", rows)
-    tensors = load_file(tmp_path / "x.safetensors")
+    packed = pack(tmp_path, rows)
+    path = tmp_path / "train.safetensors"
+    tensors = load_file(path)
     assert tensors["pixels"].dtype == torch.uint8 and tensors["pixels"].numel() == 256
     assert tensors["pixels"][:48].tolist() == [*range(45), 7, 8, 9]
     assert not tensors["pixels"][48:].any()
@@ -33,15 +43,64 @@ def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
     assert columns == {"offset": [0, 45], "height": [3, 1], "width": [5, 1], "label": [2, -1]}
     assert tensors["offset"].dtype == tensors["label"].dtype == torch.int64
     assert tensors["height"].dtype == tensors["width"].dtype == torch.int32
-    assert packed.num_bytes == (tmp_path / "x.safetensors").stat().st_size
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+    assert packed.num_bytes == path.stat().st_size
+    with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def opened(folder: Path, rows: list[tuple[Item, Picture]], shard_bytes: int) -> Packed:
+    """A store folder of one split."""
+    packed = pack(folder, rows, shard_bytes)
+    told = {"fingerprint": packed.fingerprint(), "num_bytes": packed.num_bytes}
+    if len(packed.shards) > 1:
+        told["shards"] = [asdict(shard) for shard in packed.shards]
+    described = {"reader_version": 1, "class_names": ["p", "q"], "splits": {"train": told}}
+    (folder / "store.json").write_text(json.dumps(described))
+    return packed
+
+
+ROWS = [(Item(str(n), n % 2), picture(1 + n % 3, 2 + n, n, f"d{n}")) for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "counts"),
+    [(0, [9]), (10_000, [9]), (100, [4, 2, 2, 1]), (1, [1] * 9), (342, [9]), (341, [8, 1])],
+)
+def test_shards_hold_the_same_rows(tmp_path: Path, shard_bytes: int, counts: list[int]) -> None:
+    packed = opened(tmp_path, ROWS, shard_bytes)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert [shard.num_images for shard in packed.shards] == counts
+    if len(counts) == 1:
+        assert files == ["train.safetensors"]
+    else:
+        assert files == [f"train-{place:05d}.safetensors" for place in range(len(counts))]
+    shards = store.open_shards(tmp_path, "train")
+    assert [len(shard) for shard in shards] == counts
+    whole = store.open_store(tmp_path, "train")
+    parts = [shard.image(row) for shard in shards for row in range(len(shard))]
+    for row, (item, decoded) in enumerate(ROWS):
+        for image in (whole.image(row), parts[row]):
+            assert image.shape == (decoded.height, decoded.width, 3)
+            assert image.numpy().tobytes() == decoded.pixels
+        assert whole.label[row] == item.label
+    assert whole.fingerprint == pack(tmp_path, ROWS).fingerprint()
+    assert (whole.max_height, whole.max_width, len(whole)) == (3, 10, 9)
+
+
+def test_shards_that_do_not_fit_into_memory_are_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path, ROWS, 100)
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    with pytest.raises(DataError, match=r"the 4 shards of .* --max-side, or with --shard-size 0"):
+        store.open_store(tmp_path, "train")
+    assert len(store.open_shards(tmp_path, "train")) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_pixels_are_mapped_and_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    pack(path, [(Item("a", 0), picture(3, 5))])
+    path = tmp_path / "train.safetensors"
+    pack(tmp_path, [(Item("a", 0), picture(3, 5))])
     tensors = load_file(path)
     assert str(path) in Path("/proc/self/maps").read_text()
     del tensors
@@ -58,14 +117,16 @@ def test_a_fingerprint_tells_pixels_sizes_labels_and_order_apart(tmp_path: Path)
         [(a[0], picture(5, 3, digest="d")), b],
         [(a[0], picture(3, 5, digest="f")), b],
     ]
-    prints = [pack(tmp_path / "x", rows).fingerprint() for rows in variants]
+    prints = [pack(tmp_path, rows).fingerprint() for rows in variants]
     assert len(set(prints)) == len(variants)
-    assert pack(tmp_path / "y", [(Item("renamed", 0), a[1]), b]).fingerprint() == prints[0]
+    assert pack(tmp_path, [(Item("renamed", 0), a[1]), b]).fingerprint() == prints[0]
 
 
 def test_selecting_rows_shares_the_pixels(tmp_path: Path) -> None:
-    pack(tmp_path / "x", [(Item("a", 0), picture(3, 5)), (Item("b", 1), picture(2, 2, 100))])
-    whole = Store(**load_file(tmp_path / "x"), class_names=("p", "q"), fingerprint="")
+    pack(tmp_path, [(Item("a", 0), picture(3, 5)), (Item("b", 1), picture(2, 2, 100))])
+    whole = Store(
+        **load_file(tmp_path / "train.safetensors"), class_names=("p", "q"), fingerprint=""
+    )
     assert len(whole) == 2 and whole.labelled and (whole.max_height, whole.max_width) == (3, 5)
     part = whole.select(torch.tensor([1]))
     assert part.image(0).flatten().tolist() == list(range(100, 112))

@@ -3,10 +3,13 @@
 train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; val/ or valid/ serve as test/
 CLASS/*.jpg                              one image in five of every class held out for testing
 *.jpg                                    no labels: all of them for pretraining
+photos.csv                               a table of paths and labels, see `table.py`
+
+Links to files within the folder are followed, other links are named and left out.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +41,10 @@ class Folder:
     def open(self, *, from_: Path | None, seed: int) -> Source:
         """List the photographs below `from_`, splitting by `seed` where no split is given."""
         root = _checked(from_)
+        if root.is_file():
+            from fastidmm.datasets.table import read
+
+            return read(root, seed)
         listing = _walk(root)
         if not listing.images:
             raise DataError(
@@ -61,33 +68,53 @@ def _checked(from_: Path | None) -> Path:
     root = from_.expanduser()
     if not root.exists():
         raise UsageError(f"there is no folder {root}: check what follows --from.")
-    if not root.is_dir():
-        raise UsageError(f"{root} is a file: --from takes a folder; unpack an archive first.")
-    return root.resolve()
+    if root.is_dir():
+        return root.resolve()
+    if root.suffix.lower() != ".csv" or not root.is_file():
+        raise UsageError(
+            f"{root} is a file: --from takes a folder or a .csv; unpack an archive first."
+        )
+    return root
 
 
 def _walk(root: Path) -> _Listing:
-    """Every file below `root` but the hidden; links to folders are not followed."""
+    """Every file below `root` but the hidden; links to folders are not followed, so loops end."""
     listing = _Listing()
-
-    def unreadable(problem: OSError) -> None:
-        file = os.path.relpath(problem.filename, root)
-        listing.unusable.append(Unusable(file, problem.strerror or "unreadable"))
-
-    for folder, below, files in os.walk(root, onerror=unreadable):
-        here = PurePosixPath(os.path.relpath(folder, root))
-        below[:] = [name for name in below if not name.startswith(".")]
-        linked = [name for name in below if os.path.islink(os.path.join(folder, name))]
-        listing.unusable += [Unusable(str(here / name), "a link to a folder") for name in linked]
-        for name in files:
-            path = here / name
-            if name.startswith("."):
+    folders = [PurePosixPath()]
+    while folders:
+        here = folders.pop()
+        try:
+            entries = sorted(os.scandir(root / here), key=lambda entry: entry.name)
+        except OSError as problem:
+            listing.unusable.append(Unusable(str(here), problem.strerror or "unreadable"))
+            continue
+        for entry in entries:
+            path = here / entry.name
+            if entry.name.startswith("."):
                 continue
-            if path.suffix.lower() in SUFFIXES:
-                listing.images.append(path)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif reason := _left_out(root, path, entry):
+                listing.unusable.append(Unusable(str(path), reason))
             else:
-                listing.unusable.append(Unusable(str(path), _no_image(path)))
+                listing.images.append(path)
     return listing
+
+
+def _left_out(root: Path, path: PurePosixPath, entry: os.DirEntry[str]) -> str:
+    """Why a file is no photograph to take; empty where it is one."""
+    if entry.is_symlink():
+        if leaves(root, entry.path):
+            return "a link out of the folder"
+        if os.path.isdir(entry.path):
+            return "a link to a folder"
+    return "" if path.suffix.lower() in SUFFIXES else _no_image(path)
+
+
+def leaves(root: Path, file: str) -> bool:
+    """Whether a file, its links followed, is not below `root`, whose own links have been."""
+    real, base = os.path.realpath(file), os.fspath(root)
+    return os.path.commonpath((base, real)) != base
 
 
 def _no_image(path: PurePosixPath) -> str:
@@ -125,10 +152,7 @@ def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
     """A split of our own of the class folders in `root`."""
     files = _by_class(listing.images, depth=0)
     names = sorted(set(files.values()))
-    train = _items(files, names)
-    test: tuple[Item, ...] = ()
-    if len(names) > 1:
-        train, test = stratified(train, seed=seed, one_in=HELD_OUT_ONE_IN)
+    train, test, notes = held_out(_items(files, names), names, seed)
     return Source(
         description="photographs in a folder per class",
         root=root,
@@ -137,11 +161,21 @@ def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
         test=test,
         split_seed=seed if test else None,
         unusable=listing.left_out(files, "outside the class folders"),
-        notes=_empty(root, names) + _untested(names, test),
+        notes=_empty(root, names) + notes,
     )
 
 
-def _untested(names: list[str], test: tuple[Item, ...]) -> tuple[str, ...]:
+def held_out(
+    items: tuple[Item, ...], names: Sequence[str], seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[str, ...]]:
+    """Training and test items where no split is given, and what a user should know of them."""
+    if len(names) < 2:
+        return items, (), _untested(names, ())
+    train, test = stratified(items, seed=seed, one_in=HELD_OUT_ONE_IN)
+    return train, test, _untested(names, test)
+
+
+def _untested(names: Sequence[str], test: tuple[Item, ...]) -> tuple[str, ...]:
     """A note on the classes of which nothing could be held out."""
     if len(names) == 1:
         return (f"one class only ({names[0]}), so every image is for training",)
