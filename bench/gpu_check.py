@@ -128,7 +128,7 @@ def step_time(out: Path, flop: float, **run: Any) -> dict[str, Any]:
 def real_run(out: Path, photos: Path) -> dict[str, Any]:
     """Prepare, pretrain, fine-tune at 224 with and without pretraining, evaluate."""
     from fastidmm.datasets.folder import Folder
-    from fastidmm.prepare import prepare
+    from fastidmm.preparing.prepare import prepare
 
     began = time.perf_counter()
     summary = prepare(Folder().open(from_=photos, seed=0), "photos", quiet=True)

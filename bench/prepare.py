@@ -23,9 +23,9 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from fastidmm.datasets.folder import Folder
-from fastidmm.decode import num_cores
 from fastidmm.errors import UsageError
-from fastidmm.prepare import prepare
+from fastidmm.preparing.decode import num_cores
+from fastidmm.preparing.prepare import prepare
 
 HEIGHT, WIDTH, QUALITY = 500, 667, 90
 

@@ -98,16 +98,16 @@ def prepare(
     if sum((dataset is not None, listing, weights is not None)) != 1:
         raise UsageError("say what to prepare: one of --dataset NAME, --list and --weights NAME.")
     if listing:
-        from fastidmm.catalogue import as_dicts, as_lines, catalogue
+        from fastidmm.preparing.catalogue import as_dicts, as_lines, catalogue
 
         entries = catalogue()
         return answer(as_dicts(entries), as_json, lambda: "\n".join(as_lines(entries)))
     if weights is not None:
-        from fastidmm.weights import fetch_weights
+        from fastidmm.preparing.weights import fetch_weights
 
         place = str(fetch_weights(weights))
         return answer({"weights": weights, "folder": place}, as_json, f"{weights}: in {place}")
-    from fastidmm.prepare import prepare as run
+    from fastidmm.preparing.prepare import prepare as run
     from fastidmm.registry import find
 
     opened = find("dataset", str(dataset))().open(from_=source, seed=seed)
@@ -221,7 +221,7 @@ def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption
 
     Example: fastidmm report --run demo
     """
-    from fastidmm.report import write
+    from fastidmm.reporting.report import write
 
     path = str(write(_run(named or run)))
     answer({"report": path}, as_json, path)

@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from fastidmm.decode import num_cores
 from fastidmm.errors import UsageError
+from fastidmm.preparing.decode import num_cores
 
 
 def cpu_threads() -> int:

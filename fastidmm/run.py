@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from fastidmm.prepare import prepare
+from fastidmm.preparing.prepare import prepare
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.registry import find
-from fastidmm.report import write
+from fastidmm.reporting.report import write
 from fastidmm.scoring import evaluate, scored_splits
 from fastidmm.stages import finetune, pretrain
 from fastidmm.store import prepared

@@ -74,7 +74,7 @@ def photos() -> MakePhotos:
 def toy(home: Path, tmp_path: Path) -> str:
     """A prepared dataset of 20 training and 8 test photographs in 2 classes."""
     from fastidmm.datasets.folder import Folder
-    from fastidmm.prepare import prepare
+    from fastidmm.preparing.prepare import prepare
 
     make_photos(tmp_path / "photos" / "train", per_class=10)
     make_photos(tmp_path / "photos" / "test", per_class=4)

@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any
 
 import fastidmm
-from fastidmm import decode, prepare
 from fastidmm.datasets.folder import Folder
+from fastidmm.preparing import decode, prepare
 
 PACKAGE = str(Path(fastidmm.__file__).parent)
 prepare.SYNC_BYTES = 500

@@ -10,8 +10,8 @@ from PIL import Image
 
 from fastidmm import cli, store
 from fastidmm.bench import prepare as bench
-from fastidmm.decode import num_cores
 from fastidmm.errors import UsageError
+from fastidmm.preparing.decode import num_cores
 
 
 def test_made_up_photographs_are_photographs(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import pytest
 from PIL import Image, ImageEnhance
 from synthetic import photograph
 
-from fastidmm import checks, store
-from fastidmm.checks import check
+from fastidmm import store
 from fastidmm.datasets import Item
 from fastidmm.datasets.folder import Folder
-from fastidmm.decode import Facts
-from fastidmm.pack import Packed
-from fastidmm.prepare import prepare
-from fastidmm.summary import Summary
+from fastidmm.preparing import checks
+from fastidmm.preparing.checks import check
+from fastidmm.preparing.decode import Facts
+from fastidmm.preparing.pack import Packed
+from fastidmm.preparing.prepare import prepare
+from fastidmm.preparing.summary import Summary
 
 
 def packed(*rows: tuple[str, int, str, int | None]) -> Packed:

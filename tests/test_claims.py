@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fastidmm.claims import measures, verdict
 from fastidmm.evaluate import Score
+from fastidmm.reporting.claims import measures, verdict
 
 
 def scores(**arms: tuple[int, int]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from fastidmm import decode, store
-from fastidmm import prepare as module
+from fastidmm import store
 from fastidmm.datasets import Source
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import Interrupted, UsageError
-from fastidmm.making import Making, alone
-from fastidmm.prepare import prepare
+from fastidmm.preparing import decode
+from fastidmm.preparing import prepare as module
+from fastidmm.preparing.making import Making, alone
+from fastidmm.preparing.prepare import prepare
 
 MakePhotos = Callable[..., Path]
 KILL = Path(__file__).with_name("kill_prepare.py")

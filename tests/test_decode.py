@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastidmm import decode
-from fastidmm.decode import Picture, decode_all
+from fastidmm.preparing import decode
+from fastidmm.preparing.decode import Picture, decode_all
 
 Pixels = NDArray[np.uint8]
 
@@ -235,7 +235,7 @@ def test_memory_is_given_out_in_turn_and_within_its_bounds(
 PEAK = """
 import sys
 from pathlib import Path
-from fastidmm import decode
+from fastidmm.preparing import decode
 decode.ROOM = 100 << 20
 paths = [Path(sys.argv[1])] * 16
 assert all(p.height == 2000 for p in decode.decode_all(paths, max_side=0, workers=8))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from webserver import Site, serving
 
-from fastidmm import fetch as module
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.fetch import Patience, Remote, fetch, recorded
-from fastidmm.files import locked
+from fastidmm.preparing import fetch as module
+from fastidmm.preparing.fetch import Patience, Remote, fetch, recorded
+from fastidmm.preparing.files import locked
 
 CONTENT = bytes(range(256)) * 400 + b"end"
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -12,7 +12,7 @@ from miniature import Miniature
 
 from fastidmm.datasets import About, Source
 from fastidmm.errors import DataError, UsageError
-from fastidmm.prepare import prepare
+from fastidmm.preparing.prepare import prepare
 from fastidmm.registry import DATASETS, find
 from fastidmm.store import folder_of, open_store, read_json
 
@@ -108,8 +108,8 @@ def test_torch_stays_out_of_preparing(home: Path, tmp_path: Path) -> None:
         made.photo("x", f"{'ab'[number % 2]}/{number}.png", None)
     photos = made.unpack(tmp_path / "photos")
     code = (
-        "import sys; from fastidmm import cli; from fastidmm.catalogue import catalogue;"
-        "catalogue(); import fastidmm.fetch, fastidmm.official, fastidmm.unpack;"
+        "import sys; from fastidmm import cli; from fastidmm.preparing.catalogue import catalogue;"
+        "catalogue(); from fastidmm.preparing import fetch, official, unpack;"
         f"sys.argv = ['fastidmm', 'prepare', '--dataset', 'folder', '--from', {str(photos)!r}]\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         "sys.exit('torch' in sys.modules or 'httpx' in sys.modules)"

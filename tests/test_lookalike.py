@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 from synthetic import photograph
 
-from fastidmm.lookalike import NEAR, SIDE, look, nearest
+from fastidmm.preparing.lookalike import NEAR, SIDE, look, nearest
 
 PHOTOGRAPHS = [Image.fromarray(photograph(240 + 7 * n, 300 + 5 * n, n)) for n in range(12)]
 
@@ -104,7 +104,7 @@ def test_small_chunks_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = np.random.default_rng(1)
     looks = chance.integers(0, 1 << 12, 300, dtype=np.uint64)
     truth = nearest(looks, 200)
-    monkeypatch.setattr("fastidmm.lookalike.CHUNK", 7)
+    monkeypatch.setattr("fastidmm.preparing.lookalike.CHUNK", 7)
     assert all((a == b).all() for a, b in zip(truth, nearest(looks, 200), strict=True))
 
 

@@ -13,12 +13,12 @@ import pytest
 from miniature import BUILDERS, Miniature, cars_of_one_folder, mat
 from webserver import Site
 
-from fastidmm import fetch, lists
 from fastidmm.datasets import About, Source
 from fastidmm.errors import DataError, UsageError
-from fastidmm.fetch import Patience, Remote
-from fastidmm.official import Layout
-from fastidmm.prepare import prepare
+from fastidmm.preparing import fetch, lists
+from fastidmm.preparing.fetch import Patience, Remote
+from fastidmm.preparing.official import Layout
+from fastidmm.preparing.prepare import prepare
 from fastidmm.registry import find
 from fastidmm.store import folder_of, open_store, read_json
 

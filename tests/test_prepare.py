@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastidmm import decode, pack, store
-from fastidmm import prepare as module
+from fastidmm import store
 from fastidmm.datasets import Source
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.prepare import prepare
-from fastidmm.summary import Summary
+from fastidmm.preparing import decode, pack
+from fastidmm.preparing import prepare as module
+from fastidmm.preparing.prepare import prepare
+from fastidmm.preparing.summary import Summary
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fastidmm import scoring, stages
 from fastidmm.assemble import assemble
-from fastidmm.claims import measures, verdict
-from fastidmm.curves import MOST_POINTS, Series, chart, ticks
 from fastidmm.errors import UsageError
-from fastidmm.pictures import NUM_IMAGES, png, side_of
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import Record
-from fastidmm.report import write
+from fastidmm.reporting.claims import measures, verdict
+from fastidmm.reporting.curves import MOST_POINTS, Series, chart, ticks
+from fastidmm.reporting.pictures import NUM_IMAGES, png, side_of
+from fastidmm.reporting.report import write
 
 EVIL = "<script>alert('&')</script>"
 NUM_TRAIN, NUM_TEST, SIDE = 24, 12, 32

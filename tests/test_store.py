@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from fastidmm import store
 from fastidmm.datasets import Item
-from fastidmm.decode import Picture
 from fastidmm.errors import DataError, UsageError
-from fastidmm.pack import Packed, Packer
+from fastidmm.preparing.decode import Picture
+from fastidmm.preparing.pack import Packed, Packer
 from fastidmm.store import Store
 
 

@@ -10,7 +10,7 @@ from fastidmm import store
 from fastidmm.datasets import Item, Source, stratified, table
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError
-from fastidmm.prepare import prepare
+from fastidmm.preparing.prepare import prepare
 
 
 def listed(folder: Path, text: str | bytes, *files: str) -> Source:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fastidmm import unpack as module
 from fastidmm.errors import DataError, UsageError
-from fastidmm.files import locked
-from fastidmm.unpack import Limits, is_archive, unpack, unpacked
+from fastidmm.preparing import unpack as module
+from fastidmm.preparing.files import locked
+from fastidmm.preparing.unpack import Limits, is_archive, unpack, unpacked
 
 GOOD = {"a/1.jpg": b"one", "a/b/2.jpg": b"two" * 1000, "readme": b"", "a/ü 花.txt": b"x"}
 

@@ -13,7 +13,7 @@ import torch
 
 from fastidmm import cli
 from fastidmm.errors import UsageError
-from fastidmm.weights import fetch_weights, weights_folder
+from fastidmm.preparing.weights import fetch_weights, weights_folder
 
 NAME = "test_vit"
 

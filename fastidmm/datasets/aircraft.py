@@ -6,9 +6,9 @@ Photographs keep the strip at the bottom that names their authors.
 """
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import lines
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import lines
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 SOURCE = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"
 NAMES, TRAIN, TEST = "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"

@@ -10,9 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import mat
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import mat
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 TEST = "cars_test_annos_withlabels.mat"
 ALL = "cars_annos.mat"

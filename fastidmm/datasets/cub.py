@@ -5,9 +5,9 @@ The whole photographs, without use of the bounding boxes.
 """
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import lines
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import lines
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 SOURCE = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 LISTS = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")

@@ -5,9 +5,9 @@ Of its ten partitions the first, its training and validation sets together.
 """
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import lines
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import lines
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 SOURCE = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
 

@@ -7,9 +7,9 @@ Training is the published training and validation sets together, the paper's "20
 from pathlib import Path
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import mat
-from fastidmm.official import Found, Layout, Listed, Official, folders
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import mat
+from fastidmm.preparing.official import Found, Layout, Listed, Official, folders
 
 BASE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 # Of the dataset's page, in the order of the labels; the archive has numbers only.

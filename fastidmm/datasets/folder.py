@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from fastidmm.datasets import Item, Source, Unusable, stratified
-from fastidmm.decode import SUFFIXES
 from fastidmm.errors import DataError, UsageError
+from fastidmm.preparing.decode import SUFFIXES
 
 TEST_NAMES = ("test", "val", "valid")
 HELD_OUT_ONE_IN = 5

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from fastidmm.datasets import About, Item, Source
-from fastidmm.decode import SUFFIXES
 from fastidmm.errors import DataError, UsageError
-from fastidmm.lists import check_inside
+from fastidmm.preparing.decode import SUFFIXES
+from fastidmm.preparing.lists import check_inside
 
 
 class ImageNet:

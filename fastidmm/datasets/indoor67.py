@@ -5,9 +5,9 @@ The archive has 15,620 photographs, of which the official lists name 6,700.
 """
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import lines
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import lines
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 IMAGES = "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar"
 LISTS = "https://web.mit.edu/torralba/www/"

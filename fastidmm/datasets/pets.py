@@ -5,9 +5,9 @@ Some files called .jpg are GIF or PNG; they are read for what they are.
 """
 
 from fastidmm.datasets import About, Item
-from fastidmm.fetch import Remote
-from fastidmm.lists import lines
-from fastidmm.official import Found, Layout, Listed, Official
+from fastidmm.preparing.fetch import Remote
+from fastidmm.preparing.lists import lines
+from fastidmm.preparing.official import Found, Layout, Listed, Official
 
 BASE = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastidmm.datasets import Unusable
-from fastidmm.lookalike import nearest
-from fastidmm.pack import Packed
+from fastidmm.preparing.lookalike import nearest
+from fastidmm.preparing.pack import Packed
 
 Case = dict[str, Any]
 Found = dict[str, Any]

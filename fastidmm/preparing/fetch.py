@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.files import digests, locked, naming, put_in_place, write_whole
+from fastidmm.preparing.files import digests, locked, naming, put_in_place, write_whole
 
 if TYPE_CHECKING:  # a tenth of a second that only a fetch should cost
     import httpx

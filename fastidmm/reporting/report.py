@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from fastidmm import checkpoint
 from fastidmm.assemble import training_rows
-from fastidmm.claims import measures, percent, verdict
-from fastidmm.commands import Stage, again, missing
-from fastidmm.curves import Series, chart
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.pictures import Shown, shown
 from fastidmm.record import RECIPE, Record, stages
+from fastidmm.reporting.claims import measures, percent, verdict
+from fastidmm.reporting.commands import Stage, again, missing
+from fastidmm.reporting.curves import Series, chart
+from fastidmm.reporting.pictures import Shown, shown
 from fastidmm.scoring import EVALUATION, looks
 from fastidmm.store import Store, folder_of, open_store, read_json
 

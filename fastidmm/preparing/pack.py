@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastidmm.datasets import Item
-from fastidmm.decode import Facts, Picture
-from fastidmm.journal import Noted
 from fastidmm.places import shard_name
+from fastidmm.preparing.decode import Facts, Picture
+from fastidmm.preparing.journal import Noted
 
 # The header states sizes that are known only at the end, so its room is kept free at the start;
 # safetensors lets a header end in spaces.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastidmm.decode import Facts
+from fastidmm.preparing.decode import Facts
 
 
 @dataclass(frozen=True, slots=True)

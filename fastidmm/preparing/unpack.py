@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from fastidmm.errors import DataError
-from fastidmm.files import BLOCK, locked, naming, put_in_place, write_whole
+from fastidmm.preparing.files import BLOCK, locked, naming, put_in_place, write_whole
 
 MARKER = ".unpacked.json"
 COMPRESSED: dict[bytes, Callable[..., Any]] = {

@@ -16,7 +16,7 @@ from threading import Condition
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from fastidmm.lookalike import look
+from fastidmm.preparing.lookalike import look
 
 # Named, because Pillow would also hand PostScript to an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")

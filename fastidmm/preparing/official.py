@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from fastidmm.datasets import About, Item, Source
 from fastidmm.errors import DataError, FastidmmError, UsageError
-from fastidmm.fetch import Remote, fetch, forget, recorded, verify
-from fastidmm.files import digests
-from fastidmm.lists import check_files, check_inside
 from fastidmm.places import home
-from fastidmm.unpack import unpack, unpacked
+from fastidmm.preparing.fetch import Remote, fetch, forget, recorded, verify
+from fastidmm.preparing.files import digests
+from fastidmm.preparing.lists import check_files, check_inside
+from fastidmm.preparing.unpack import unpack, unpacked
 
 
 @dataclass(frozen=True, slots=True)

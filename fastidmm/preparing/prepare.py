@@ -17,16 +17,16 @@ from typing import Any
 
 from PIL import __version__ as pillow_version
 
-from fastidmm.checks import check
 from fastidmm.datasets import Item, Source, Unusable
-from fastidmm.decode import Facts, Picture, Pictures, decode_all
 from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError
 from fastidmm.interrupt import Stop, stoppable
-from fastidmm.journal import Journal
-from fastidmm.making import Making, alone, write
-from fastidmm.pack import Packed, Packer
 from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files
-from fastidmm.summary import Summary, shown
+from fastidmm.preparing.checks import check
+from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
+from fastidmm.preparing.journal import Journal
+from fastidmm.preparing.making import Making, alone, write
+from fastidmm.preparing.pack import Packed, Packer
+from fastidmm.preparing.summary import Summary, shown
 
 Described = dict[str, Any]
 
