@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from fastidmm import store
-from fastidmm.datasets import Item, Source, stratified, table
+from fastidmm.datasets import Item, Source, stratified
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError
+from fastidmm.preparing import table
 from fastidmm.preparing.prepare import prepare
 
 

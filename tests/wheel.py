@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MUST_HOLD = ("kernels/instance_loss.py", "configs/demo.toml", "report.html.j2")
+MUST_HOLD = ("kernels/instance_loss.py", "configs/demo.toml", "reporting/report.html.j2")
 SCRIPT = """
 import importlib.util, pathlib, fastidmm
 from fastidmm.recipe import read_tables

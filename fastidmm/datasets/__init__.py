@@ -4,6 +4,7 @@ A dataset is a class with one method, `open(self, *, from_: Path | None, seed: i
 it lists files and labels, and reads no pixel.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class About:
     fetched: bool = True  # False where `--from` is needed
 
 
+TEST_NAMES = ("test", "val", "valid")
+HELD_OUT_ONE_IN = 5
+
 Split = tuple[tuple[Item, ...], tuple[Item, ...]]
 
 
@@ -75,3 +79,28 @@ def stratified(items: Sequence[Item], *, seed: int, one_in: int) -> Split:
 def rank(seed: int, file: str) -> bytes:
     """Where a file stands in the order in which a seed draws."""
     return sha256(f"{seed}/{file}".encode("utf-8", "surrogateescape")).digest()
+
+
+def held_out(
+    items: tuple[Item, ...], names: Sequence[str], seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[str, ...]]:
+    """Training and test items where no split is given, and what a user should know of them."""
+    if len(names) < 2:
+        return items, (), _untested(names, ())
+    train, test = stratified(items, seed=seed, one_in=HELD_OUT_ONE_IN)
+    return train, test, _untested(names, test)
+
+
+def _untested(names: Sequence[str], test: tuple[Item, ...]) -> tuple[str, ...]:
+    """A note on the classes of which nothing could be held out."""
+    if len(names) == 1:
+        return (f"one class only ({names[0]}), so every image is for training",)
+    tested = {item.label for item in test}
+    alone = ", ".join(name for label, name in enumerate(names) if label not in tested)
+    return (f"one image only, so none for testing: {alone}",) if alone else ()
+
+
+def leaves(root: Path, file: str) -> bool:
+    """Whether a file, its links followed, is not below `root`, whose own links have been."""
+    real, base = os.path.realpath(file), os.fspath(root)
+    return os.path.commonpath((base, real)) != base

@@ -9,16 +9,14 @@ Links to files within the folder are followed, other links are named and left ou
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from fastidmm.datasets import Item, Source, Unusable, stratified
+from fastidmm.datasets import TEST_NAMES, Item, Source, Unusable, held_out, leaves
 from fastidmm.errors import DataError, UsageError
 from fastidmm.preparing.decode import SUFFIXES
-
-TEST_NAMES = ("test", "val", "valid")
-HELD_OUT_ONE_IN = 5
+from fastidmm.preparing.table import read
 
 
 @dataclass(slots=True)
@@ -42,8 +40,6 @@ class Folder:
         """List the photographs below `from_`, splitting by `seed` where no split is given."""
         root = _checked(from_)
         if root.is_file():
-            from fastidmm.datasets.table import read
-
             return read(root, seed)
         listing = _walk(root)
         if not listing.images:
@@ -111,12 +107,6 @@ def _left_out(root: Path, path: PurePosixPath, entry: os.DirEntry[str]) -> str:
     return "" if path.suffix.lower() in SUFFIXES else _no_image(path)
 
 
-def leaves(root: Path, file: str) -> bool:
-    """Whether a file, its links followed, is not below `root`, whose own links have been."""
-    real, base = os.path.realpath(file), os.fspath(root)
-    return os.path.commonpath((base, real)) != base
-
-
 def _no_image(path: PurePosixPath) -> str:
     return f"{path.suffix} is not read" if path.suffix else "no suffix such as .jpg"
 
@@ -163,25 +153,6 @@ def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
         unusable=listing.left_out(files, "outside the class folders"),
         notes=_empty(root, names) + notes,
     )
-
-
-def held_out(
-    items: tuple[Item, ...], names: Sequence[str], seed: int
-) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[str, ...]]:
-    """Training and test items where no split is given, and what a user should know of them."""
-    if len(names) < 2:
-        return items, (), _untested(names, ())
-    train, test = stratified(items, seed=seed, one_in=HELD_OUT_ONE_IN)
-    return train, test, _untested(names, test)
-
-
-def _untested(names: Sequence[str], test: tuple[Item, ...]) -> tuple[str, ...]:
-    """A note on the classes of which nothing could be held out."""
-    if len(names) == 1:
-        return (f"one class only ({names[0]}), so every image is for training",)
-    tested = {item.label for item in test}
-    alone = ", ".join(name for label, name in enumerate(names) if label not in tested)
-    return (f"one image only, so none for testing: {alone}",) if alone else ()
 
 
 def _unlabelled(root: Path, listing: _Listing, images: list[PurePosixPath]) -> Source:

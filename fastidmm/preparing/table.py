@@ -17,8 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
-from fastidmm.datasets import Item, Source, Unusable
-from fastidmm.datasets.folder import TEST_NAMES, held_out, leaves
+from fastidmm.datasets import TEST_NAMES, Item, Source, Unusable, held_out, leaves
 from fastidmm.errors import DataError
 
 MAX_BYTES = 1 << 28  # 200 bytes for each image of ImageNet
