@@ -4,16 +4,35 @@ torch is imported inside commands only, so that `--help` is instant.
 """
 
 import errno
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastidmm.cli_bench import bench
 from fastidmm.errors import FastidmmError, UsageError
+from fastidmm.options import (
+    BackboneOption,
+    BatchOption,
+    DatasetOption,
+    DeviceOption,
+    EpochsOption,
+    ExactOption,
+    HoldoutOption,
+    JsonOption,
+    LoaderOption,
+    MethodOption,
+    PrecisionOption,
+    RecipeOption,
+    ResolutionOption,
+    RunArgument,
+    RunOption,
+    SeedOption,
+    SetOption,
+    answer,
+)
 
 if TYPE_CHECKING:
     from fastidmm.recipe import Recipe
@@ -27,47 +46,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: importing rich for its boxes doubles the time to it
 )
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-
-DatasetOption = Annotated[
-    str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")
-]
-BackboneOption = Annotated[str | None, typer.Option(help="deit_tiny, pvtv2_b3, ..., timm:NAME.")]
-MethodOption = Annotated[str | None, typer.Option(help="What is learnt from.")]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
-]
-LoaderOption = Annotated[str | None, typer.Option(help="How batches reach the device.")]
-EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
-ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
-HoldoutOption = Annotated[
-    float | None,
-    typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),
-]
-ExactOption = Annotated[
-    bool | None, typer.Option("--exact/--no-exact", help="The same bits every time, slower.")
-]
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="A name in ./runs, or a path with a slash.")
-]
-RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help="The same as --run.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-
-
-def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
-    """Print to stdout what was asked for."""
-    print(json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text())
 
 
 def recipe_settings(**flags: Any) -> dict[str, Any]:
@@ -292,28 +274,6 @@ def list_parts(as_json: JsonOption = False) -> None:
         line for kind, names in found.items() for line in (f"{kind}:", *(f"  {n}" for n in names))
     ]
     answer(found, as_json, "\n".join(lines))
-
-
-@bench.command("prepare")
-def bench_prepare(
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Photographs. [default: made-up ones]")
-    ] = None,
-    num_images: Annotated[int, typer.Option("--images", min=2, help="How many made-up.")] = 400,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
-    cores: Annotated[
-        list[int] | None, typer.Option("--cores", help="Repeatable. [default: 1, 2, 4, ..., all]")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Images per second that are prepared, by cores.
-
-    Example: fastidmm bench prepare --from ~/photos
-    """
-    from fastidmm.bench.prepare import measure, text
-
-    found = measure(source, num_images=num_images, repeats=repeats, cores=cores)
-    answer(found, as_json, lambda: text(found))
 
 
 def _run(name: str | None) -> Path:

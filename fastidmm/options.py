@@ -1,0 +1,43 @@
+"""Flags that several commands share, and how a command answers."""
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")
+]
+BackboneOption = Annotated[str | None, typer.Option(help="deit_tiny, pvtv2_b3, ..., timm:NAME.")]
+MethodOption = Annotated[str | None, typer.Option(help="What is learnt from.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
+]
+LoaderOption = Annotated[str | None, typer.Option(help="How batches reach the device.")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
+ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+HoldoutOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),
+]
+ExactOption = Annotated[
+    bool | None, typer.Option("--exact/--no-exact", help="The same bits every time, slower.")
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="A name in ./runs, or a path with a slash.")
+]
+RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help="The same as --run.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
+    """Print to stdout what was asked for."""
+    print(json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text())
