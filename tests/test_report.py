@@ -146,6 +146,18 @@ def test_every_score_of_the_evaluation_is_in_the_table(run: Path, page: str) -> 
         assert f"{100 * gap:+.1f} points".replace("-", "\N{MINUS SIGN}") in cells[2]
 
 
+def test_looks_at_the_test_images_are_told(run: Path, page: str, copy: Path) -> None:
+    """Once by each stage, at its end, and once by `evaluate`; a best of several stands marked."""
+    told = "These images were looked at 3 times: 2 while fine-tuning, 1 by fastidmm evaluate"
+    assert told in text(page) and "selected on these images" not in page
+    evaluation = json.loads((copy / scoring.EVALUATION).read_text())
+    best = {"value": 0.875, "epoch": 7, "of": 3, "selected_on": "test"}
+    evaluation["scores"]["random"]["finetuned_16"]["best"] = best
+    (copy / scoring.EVALUATION).write_text(json.dumps(evaluation))
+    shown = text(write(copy).read_text()).replace("\N{NO-BREAK SPACE}", " ")
+    assert shown.count("best 87.5 % in epoch 7, selected on these images") == 1
+
+
 def test_the_verdict_comes_first(run: Path, page: str) -> None:
     evaluation = json.loads((run / scoring.EVALUATION).read_text())
     expected = verdict(measures(evaluation["scores"]), num_train=20, num_test=NUM_TEST)
