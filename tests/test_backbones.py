@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastidmm.backbones.build import BackboneOptions, Encoder, build_encoder, load_weights
-from fastidmm.backbones.drop import Dropout, DropPath, draw_from_counters
-from fastidmm.chance import Counters
+from fastidmm.backbones.drop import Dropout, DropPath, PathWords, draw_from_counters
+from fastidmm.chance import Counters, Use, philox
 from fastidmm.errors import UsageError
 from fastidmm.registry import BACKBONES
 
@@ -190,7 +190,11 @@ def kept(layer: type[DropPath | Dropout], num: int = 4000, **where: Any) -> Tens
     """What a layer with p = .3 makes of ones for `num` crops: (num, 6)."""
     counters = Counters(where.get("seed", 0), where.get("attempt", 0), where.get("step", 0))
     counters.place = where.get("place", torch.arange(num))
-    module = layer(0.3, where.get("block", 0), counters).train()
+    module: nn.Module
+    if layer is DropPath:
+        module = DropPath(0.3, where.get("block", 0), PathWords(counters)).train()
+    else:
+        module = Dropout(0.3, where.get("block", 0), counters).train()
     return module.forward(torch.ones(len(counters.place), 6))
 
 
@@ -218,10 +222,29 @@ def test_drops_are_a_function_of_counters_and_place(layer: type[DropPath | Dropo
         assert differing == pytest.approx(2 * 0.3 * 0.7, abs=0.04), change
 
 
-@pytest.mark.parametrize("layer", [DropPath, Dropout])
-def test_drops_do_nothing_in_evaluation(layer: type[DropPath | Dropout]) -> None:
+def test_drops_do_nothing_in_evaluation() -> None:
     x = torch.ones(3, 6)
-    assert layer(0.3, 0, Counters(0)).eval()(x) is x
+    counters = Counters(0)
+    path, dropout = DropPath(0.3, 0, PathWords(counters)), Dropout(0.3, 0, counters)
+    assert path.eval()(x) is x and dropout.eval()(x) is x
+
+
+def test_paths_are_drawn_together_once_a_pass() -> None:
+    """The words of one Philox call for three blocks; anew when places, step or attempt change."""
+    counters = Counters(3, place=torch.tensor([5, 9]))
+    words = PathWords(counters)
+    paths = [DropPath(0.5, block, words).train() for block in range(3)]
+    first = words.of(0)
+    assert words.of(0).data_ptr() == first.data_ptr()
+    for change in ({}, {"step": 4}, {"attempt": 1}, {"place": torch.tensor([9, 5])}):
+        for name, value in change.items():
+            setattr(counters, name, value)
+        for path in paths:
+            block = path.block
+            expected = philox((counters.step, counters.place, block, 0), counters.key(Use.DROP))
+            assert torch.equal(words.of(block), expected[:, 0])
+    with pytest.raises(AssertionError, match="set_place"):
+        paths[0](torch.ones(3, 2))
 
 
 # --- loading ------------------------------------------------------------------------------------
