@@ -113,6 +113,18 @@ def test_two_opposite_crops_that_paste_each_other() -> None:
     compare(ours, augment.render(store, plan, group), mean=0.1, most=0.6)
 
 
+def test_solarize_inverts_from_128_on() -> None:
+    """All but values beside the threshold, which may fall on its other side."""
+    store, plan, group = opposite()
+    plan = replace(plan, solarize=torch.tensor([True, True]), blur=torch.tensor([False, False]))
+    ours = kernel.fused(store, plan, group, torch.float32)
+    theirs = augment.render(store, plan, group)
+    apart = (ours - theirs).abs() > 1 / 255
+    assert float(apart.float().mean()) < 0.01
+    solid = augment.render(store, replace(plan, solarize=~plan.solarize), group)
+    assert float((solid != theirs).float().mean()) > 0.1
+
+
 def test_every_pixel_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Into memory full of NaN: none is left, whatever the boxes are."""
     store, plan, group = opposite()
