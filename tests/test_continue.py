@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,21 @@ def test_killed_at_any_line_it_goes_on_to_the_same_bytes(photos: MakePhotos, hom
     assert not [file for file in told["files"] if "/." in file]
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals have their usual effect, also where the tests run as a job that ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_and_the_same_again_goes_on(
-    home: Path, source: Source, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    home: Path,
+    source: Source,
+    monkeypatch: pytest.MonkeyPatch,
+    heeded: None,
+    number: signal.Signals,
 ) -> None:
     prepare(source, "truth")
 
