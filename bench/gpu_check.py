@@ -73,6 +73,14 @@ def photographs(num: int = 2040) -> Store:
     return Store(pixels, offset, height, width, label, tuple(map(str, range(102))), "noise")
 
 
+def views_time() -> list[dict[str, Any]]:
+    """The views' kernels beside the plain renderer and other libraries."""
+    from fastidmm.bench.views import measure
+
+    device = torch.device("cuda")
+    return [measure(device, size=size, num_images=256, repeats=10) for size in (112, 224)]
+
+
 def step_parts(out: Path, **run: Any) -> assemble.Parts:
     """DeiT-Tiny as the paper trains it, on noise, ready to step."""
     store = photographs()
@@ -156,6 +164,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "versions": versions,
         "tests": gpu_tests,
+        "views": views_time,
         "step": lambda: step_time(out, 1536 * FLOP_PER_CROP),
         "step_224": lambda: step_time(
             out, 256 * FLOP_224, resolution=224, method="supervised", batch_size=256
