@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastidmm.kernels import instance_loss_logits as logits_path
+from fastidmm.kernels import instance_loss_stream as stream_path
 from fastidmm.kernels.instance_loss_rows import pitch_of
 
-# fp32 logits a batch may have in memory.
+# fp32 logits a batch may have in memory: 6,144 crops of 174,000 instances, 1,536 of 699,000.
 LOGITS_BYTES = 4 << 30
 
 
@@ -56,11 +57,18 @@ def fused(
         None if row_weight is None else row_weight.detach().float().contiguous(),
     )
     left = z.detach().to(kind).contiguous()
-    right = operand(weight.detach(), kind)
+    large = 4 * z.shape[0] * pitch_of(weight.shape[0]) > LOGITS_BYTES
+    if large and kind == torch.bfloat16 and stream_path.tiles_of(z.device, z.shape[1]):
+        right = weight.detach().to(kind).contiguous()
+        loss, hits, lse, _ = stream_path.forward(
+            z, weight, bias, left, right, *targets, float(smoothing)
+        )
+        return loss, hits, lse
     needed = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (z, weight, bias)
     )
-    keep = needed and 4 * z.shape[0] * right.shape[0] <= LOGITS_BYTES
+    keep = needed and not large
+    right = operand(weight.detach(), kind)
     loss, hits, lse, _ = logits_path.forward(
         z, weight, bias, left, right, *targets, float(smoothing), keep
     )

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastidmm.kernels import instance_loss_rows as rows
+from fastidmm.kernels import instance_loss_stream as stream
+from fastidmm.kernels import instance_loss_tiles as tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -33,14 +35,16 @@ class Build(NamedTuple):
     options: dict[str, Any]
 
 
+TARGETS = {"ROWS": "*i64", "PARTNER": "*i64", "LAM": "*fp32", "SHARE": "*fp32"}
+
+
 def row_builds(architecture: int) -> dict[str, Build]:
     """The row kernels as launched for N = 2040, 10000 and 100000."""
-    targets = {"ROWS": "*i64", "PARTNER": "*i64", "LAM": "*fp32", "SHARE": "*fp32"}
     found = {}
     for num in (2040, 10_000, 100_000):
         once, block, warps = rows.shape_of(rows.pitch_of(num))
         arguments = {
-            "X": "*fp32", "G": "*bf16", "BIAS": "*fp32", **targets,
+            "X": "*fp32", "G": "*bf16", "BIAS": "*fp32", **TARGETS,
             "LOSS": "*fp32", "LSE": "*fp32", "HIT": "*u8", "share": "fp32", "smoothing": "fp32",
             "num": "i32", "pitch": "i32:16", "g_pitch": "i32:16",
         }  # fmt: skip
@@ -48,6 +52,41 @@ def row_builds(architecture: int) -> dict[str, Build]:
         constants = {"BLOCK": block, "WRITE": True}
         options = {"num_warps": warps, "num_stages": 1}
         found[f"rows N = {num}"] = Build(kernel, arguments, constants, options)
+    return found
+
+
+def forward_build(width: int, blocks: stream.Tiles) -> Build:
+    """The forward kernel of path F."""
+    arguments = {
+        "Z": "*bf16", "W": "*bf16", "BIAS": "*fp32", "ROWS": "*i64", "OUT": "*fp32",
+        "PART": "*fp32", "batch": "i32:16", "num": "i32", "per_split": "i32:16",
+    }  # fmt: skip
+    return Build(tiles.forward_kernel, arguments, *chosen(width, blocks))
+
+
+def weight_build(width: int, blocks: stream.Tiles) -> Build:
+    """The backward kernel of path F."""
+    arguments = {
+        "Z": "*bf16", "W": "*bf16", "BIAS": "*fp32", **TARGETS, "LSE": "*fp32",
+        "GRADIENT": "*fp32", "DW": "*fp32", "DBIAS": "*fp32", "share": "fp32",
+        "smoothing": "fp32", "batch": "i32:16", "num": "i32",
+    }  # fmt: skip
+    return Build(tiles.weight_kernel, arguments, *chosen(width, blocks))
+
+
+def chosen(width: int, blocks: stream.Tiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a block."""
+    sizes = {"BLOCK_B": blocks.rows, "BLOCK_N": blocks.classes}
+    constants = {"D": width, "CHUNK": stream.CHUNKS[width], **sizes}
+    return constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
+
+
+def tile_builds(architecture: int) -> dict[str, Build]:
+    """Both kernels of path F at every width served."""
+    found = {}
+    for width, (ahead, back) in stream.TILES[architecture].items():
+        found[f"forward D = {width}"] = forward_build(width, ahead)
+        found[f"weight D = {width}"] = weight_build(width, back)
     return found
 
 
@@ -82,17 +121,17 @@ def built(build: Build, architecture: int) -> dict[str, int]:
     }
 
 
-KINDS = {"rows": row_builds}
+KINDS = {"rows": row_builds, "tiles": tile_builds}
 
 
 def main() -> None:
     """Print {architecture: {build: what it uses}}."""
-    name, *chosen = sys.argv[1:]
+    name, *asked = sys.argv[1:]
     found = {
         architecture: {
             title: built(build, architecture) for title, build in KINDS[name](architecture).items()
         }
-        for architecture in map(int, chosen or ARCHITECTURES)
+        for architecture in map(int, asked or ARCHITECTURES)
     }
     print(json.dumps(found))
 

@@ -280,11 +280,11 @@ def test_pad_columns_are_zero_and_rows_start_at_the_pitch() -> None:
 def test_offsets_have_64_bits(tmp_path: Path) -> None:
     """Rows 2**29 logits apart in a sparse file, the pointer in its middle.
 
-    Row 5 begins beyond 2**31; counted in 32 bits it would begin before the pointer, in zeros.
+    Row 4 begins at 2**31; counted in 32 bits it would begin before the pointer, among zeros.
     """
     apart, batch = 2**29, 6
-    store = np.memmap(tmp_path / "logits", np.float32, "w+", shape=(9 * apart + 64,))
-    logits = torch.from_numpy(store)[3 * apart :].as_strided((batch, 64), (apart, 1))
+    store = np.memmap(tmp_path / "logits", np.float32, "w+", shape=(10 * apart + 64,))
+    logits = torch.from_numpy(store)[4 * apart :].as_strided((batch, 64), (apart, 1))
     values = torch.randn(batch, 64)
     logits.copy_(values)
     losses, lse = torch.empty(2, batch)
