@@ -53,6 +53,11 @@ def share_of(share: Tensor | None, losses: Tensor) -> Tensor:
     return losses.sum()
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor; of one part, no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def cut(tensor: Tensor | None, part: slice) -> Tensor | None:
     """A part of the rows of what may be None."""
     return None if tensor is None else tensor[part]
@@ -87,7 +92,7 @@ def forward(
             targets = (rows[part], cut(partner, part), cut(lam, part), cut(share, part))
             kind = left.dtype if keep else None
             found.append(launch_rows(logits, num, extra, *targets, smoothing, mean, kind))
-    losses, hits, lse = (torch.cat(t) for t in list(zip(*found, strict=True))[:3])
+    losses, hits, lse = (joined(list(t)) for t in list(zip(*found, strict=True))[:3])
     d_logits = found[0][3] if keep else left.new_empty(0, pitch)
     return share_of(share, losses), hits, lse, d_logits
 
@@ -135,7 +140,7 @@ def backward(
                 d_bias = found if d_bias is None else d_bias.add_(found)
     nothing = gradient.new_empty(0)
     return (
-        torch.cat(d_z) if for_z else nothing,
+        joined(d_z) if for_z else nothing,
         nothing if d_weight is None else d_weight,
         gradient.new_empty(0) if d_bias is None else d_bias,
     )

@@ -188,7 +188,7 @@ def launch_rows(
     every row's weight where `share` is None.
     """
     batch, pitch = logits.shape
-    losses, lse = logits.new_empty(2, batch).unbind()
+    losses, lse = logits.new_empty(batch), logits.new_empty(batch)
     hits = torch.empty(batch, dtype=torch.uint8, device=logits.device)
     d_logits = logits if gradient is None else logits.view(gradient)
     once, block, warps = shape_of(pitch)
