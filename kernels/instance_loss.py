@@ -6,6 +6,9 @@ With l = z W^T + b over N instances, kept share lam, smoothing e, own row i and 
 
 Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 2022; the smoothed
 targets are torch's `cross_entropy(label_smoothing=e)`, mixed by lam.
+
+Here: the public function, which alone chooses, the reference and the cases. Beside it, `_fused`
+brings the arguments to a path: `_logits` over `_rows` is path M, `_stream` over `_tiles` path F.
 """
 
 import os

@@ -26,9 +26,7 @@ def arguments(name: str, kind: torch.dtype, keep: bool) -> tuple[Any, ...]:
     return z, weight, bias, left, right, *targets, 0.1, keep
 
 
-@pytest.mark.parametrize(
-    ("kind", "keep"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
-)
+@pytest.mark.parametrize(("kind", "keep"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_opcheck_of_path_m(kind: torch.dtype, keep: bool) -> None:
     given = arguments("full 3 x 7 x 2", kind, keep)
     torch.library.opcheck(logits_path.forward, given)
@@ -36,11 +34,11 @@ def test_opcheck_of_path_m(kind: torch.dtype, keep: bool) -> None:
     _, _, bias, left, right, *targets, _ = (
         t.detach() if isinstance(t, Tensor) else t for t in given
     )
-    for wanted in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            logits_path.backward,
-            (torch.ones(()), d_logits, left, right, bias, *targets, 2, *wanted),
-        )
+    wanted = (True, True, True) if keep else (False, True, False)
+    torch.library.opcheck(
+        logits_path.backward,
+        (torch.ones(()), d_logits, left, right, bias, *targets, 2, *wanted),
+    )
 
 
 def test_compiled_it_is_one_node_and_gives_the_same() -> None:
