@@ -1,0 +1,140 @@
+"""Compiles kernels for GPUs that are not there and prints, as JSON, what each build uses.
+
+    python tests/compiled.py NAME [ARCHITECTURE ...]
+
+Run as a process of its own without TRITON_INTERPRET, which is read when a kernel is defined. Needs
+no GPU and no torch device: ptxas and cuobjdump come with Triton.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastidmm.kernels import instance_loss_rows as rows
+from fastidmm.kernels import instance_loss_stream as stream
+from fastidmm.kernels import instance_loss_tiles as tiles
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Build(NamedTuple):
+    """A kernel as launched: types of its arguments in order, constants, options."""
+
+    kernel: Any
+    arguments: dict[str, str]  # "*fp32" pointers and "i32:16" multiples of 16 are aligned
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+TARGETS = {"ROWS": "*i64", "PARTNER": "*i64", "LAM": "*fp32", "SHARE": "*fp32"}
+
+
+def row_builds(architecture: int) -> dict[str, Build]:
+    """The row kernels as launched for N = 2040, 10000 and 100000."""
+    found = {}
+    for num in (2040, 10_000, 100_000):
+        once, block, warps = rows.shape_of(rows.pitch_of(num))
+        arguments = {
+            "X": "*fp32", "G": "*bf16", "BIAS": "*fp32", **TARGETS,
+            "LOSS": "*fp32", "LSE": "*fp32", "HIT": "*u8", "share": "fp32", "smoothing": "fp32",
+            "num": "i32", "pitch": "i32:16", "g_pitch": "i32:16",
+        }  # fmt: skip
+        kernel = rows.row_kernel if once else rows.long_row_kernel
+        constants = {"BLOCK": block, "WRITE": True}
+        options = {"num_warps": warps, "num_stages": 1}
+        found[f"rows N = {num}"] = Build(kernel, arguments, constants, options)
+    return found
+
+
+def forward_build(width: int, blocks: stream.Tiles) -> Build:
+    """The forward kernel of path F."""
+    arguments = {
+        "Z": "*bf16", "W": "*bf16", "BIAS": "*fp32", "ROWS": "*i64", "OUT": "*fp32",
+        "PART": "*fp32", "batch": "i32:16", "num": "i32", "per_split": "i32:16",
+    }  # fmt: skip
+    return Build(tiles.forward_kernel, arguments, *chosen(width, blocks))
+
+
+def weight_build(width: int, blocks: stream.Tiles) -> Build:
+    """The backward kernel of path F."""
+    arguments = {
+        "Z": "*bf16", "W": "*bf16", "BIAS": "*fp32", **TARGETS, "LSE": "*fp32",
+        "GRADIENT": "*fp32", "DW": "*fp32", "DBIAS": "*fp32", "share": "fp32",
+        "smoothing": "fp32", "batch": "i32:16", "num": "i32",
+    }  # fmt: skip
+    return Build(tiles.weight_kernel, arguments, *chosen(width, blocks))
+
+
+def chosen(width: int, blocks: stream.Tiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a block."""
+    sizes = {"BLOCK_B": blocks.rows, "BLOCK_N": blocks.classes}
+    constants = {"D": width, "CHUNK": stream.CHUNKS[width], **sizes}
+    return constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
+
+
+def tile_builds(architecture: int) -> dict[str, Build]:
+    """Both kernels of path F at every width served."""
+    found = {}
+    for width, (ahead, back) in stream.TILES[architecture].items():
+        found[f"forward D = {width}"] = forward_build(width, ahead)
+        found[f"weight D = {width}"] = weight_build(width, back)
+    return found
+
+
+def built(build: Build, architecture: int) -> dict[str, int]:
+    """Registers, bytes of stack and of shared memory, and the instructions that matter."""
+    names = build.kernel.arg_names
+    signature = {n: build.arguments.get(n, "constexpr").split(":")[0] for n in names}
+    aligned = [n for n, kind in build.arguments.items() if kind[0] == "*" or kind.endswith(":16")]
+    source = ASTSource(
+        fn=build.kernel,
+        signature=signature,
+        constexprs=build.constants,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    made = triton.compile(source, target=target, options=build.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    text = made.asm["ptx"]
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": made.metadata.shared,
+        "vector_loads": len(re.findall(r"ld\.global[\w.]*\.v4\.", text)),
+        "vector_stores": len(re.findall(r"st\.global[\w.]*\.v[24]\.", text)),
+        "tensor_core": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", text)),
+        "warpgroup": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", text)),
+    }
+
+
+KINDS = {"rows": row_builds, "tiles": tile_builds}
+
+
+def main() -> None:
+    """Print {architecture: {build: what it uses}}."""
+    name, *asked = sys.argv[1:]
+    found = {
+        architecture: {
+            title: built(build, architecture) for title, build in KINDS[name](architecture).items()
+        }
+        for architecture in map(int, asked or ARCHITECTURES)
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Plants mistakes in the loss kernels, one at a time, and sees whether the tests notice.
+
+    python tests/mutants.py [NAME ...]
+
+Works on a copy of the checkout; about a quarter of a minute a mistake. Exit status 1 if any lives.
+"""
+
+# ruff: noqa: E501  (a mistake a line)
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROWS, TILES = "kernels/instance_loss_rows.py", "kernels/instance_loss_tiles.py"
+LOGITS, STREAM = "kernels/instance_loss_logits.py", "kernels/instance_loss_stream.py"
+
+# Name: the file, and pairs of what stands there and what is put in its place.
+MUTANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "gradient without smoothing": (ROWS, [(" - w * (smoothing / num)\n", "\n")]),
+    "loss without smoothing": (ROWS, [(" - tl.where(soft == 0, 0.0, soft * q)", "")]),
+    "smoothing over N - 1 (gradient)": (
+        ROWS, [("w * (smoothing / num)", "w * (smoothing / (num - 1 + (num == 1)))")],
+    ),
+    "smoothing over N - 1 (loss)": (
+        ROWS, [("1 - smoothing, smoothing / num", "1 - smoothing, smoothing / (num - 1 + (num == 1))")],
+    ),
+    "shares swapped (gradient)": (
+        ROWS, [("o == row, hard * lam, 0", "o == row, hard * (1 - lam), 0"),
+               ("o == other, hard * (1 - lam), 0", "o == other, hard * lam, 0")],
+    ),
+    "shares swapped (loss)": (ROWS, [("lam * own + (1 - lam) * pasted", "lam * pasted + (1 - lam) * own")]),
+    "row weight ignored (gradient)": (
+        ROWS, [("hard = w * (1 - smoothing)", "hard = 1 - smoothing"),
+               ("g = w * (e * r) - w * (smoothing / num)", "g = e * r - smoothing / num")],
+    ),
+    "row weight ignored (loss)": (ROWS, [("w * tl_loss(", "tl_loss(")]),
+    "target not reduced by smoothing": (ROWS, [("hard = w * (1 - smoothing)", "hard = w")]),
+    "own partner not added": (ROWS, [("tl.where(o == other, hard", "tl.where((o == other) & (o != row), hard")]),
+    "loss in unshifted logits": (
+        ROWS, [("tl.where(o == row, y, 0.0)", "tl.where(o == row, x, 0.0)"),
+               ("tl.where(o == other, y, 0.0)", "tl.where(o == other, x, 0.0)"),
+               ("q = tl.sum(tl.where(o < num, y, 0.0), 0)", "q = tl.sum(tl.where(o < num, x, 0.0), 0)"),
+               ("w * tl_loss(s, own, pasted, q, lam, smoothing, num)",
+                "w * (top + tl_loss(s, own, pasted, q, lam, smoothing, num))")],
+    ),
+    "masked by the pitch": (ROWS, [('x = tl.where(o < num, x, float("-inf"))', "")]),
+    "pad columns not zeroed": (ROWS, [("g = tl.where(o < num, g, 0.0)\n        tl.store", "tl.store")]),
+    "offsets in 32 bits": (
+        ROWS, [('b = tl.program_id(0).to(tl.int64)\n    row, other, lam, w, valid = tl_targets(b, ROWS, PARTNER, LAM, SHARE, share, num)\n    o = tl',
+                'b = tl.program_id(0)\n    row, other, lam, w, valid = tl_targets(b, ROWS, PARTNER, LAM, SHARE, share, num)\n    o = tl')],
+    ),
+    "lse for log s in the gradient": (
+        ROWS, [("tl_gradient(e, 1 / s, o", "tl_gradient(tl.exp(y - top - tl.log(s)), 1.0, o")],
+    ),
+    "dW not times the upstream gradient": (LOGITS, [("(z * gradient).to(z.dtype)", "z")]),
+    "dz not times the upstream gradient": (LOGITS, [("product(g, right) * gradient", "product(g, right)")]),
+    "NaN swallowed": (ROWS, [("    s = tl.sum(e, 0)\n", "    s = tl.sum(tl.where(e == e, e, 0.0), 0)\n")]),
+    "rows out of range not marked": (ROWS, [('s = tl.where(valid, s, float("nan"))', "s = s")]),
+    "rows narrowed before the check": (
+        ROWS, [("row = tl.load(ROWS + b).to(tl.int64)", "row = tl.load(ROWS + b).to(tl.int32)")],
+    ),
+    "partner not checked": (ROWS, [("inside = inside & (other >= 0) & (other < num)", "inside = inside")]),
+    "hit by the last of equals": (ROWS, [("tl.min(tl.where(x == top, o, BLOCK), 0)", "tl.max(tl.where(x == top, o, -1), 0)")]),
+    "bias left out of the logits": (ROWS, [("x += tl.load(BIAS + o, mask=o < pitch, other=0.0)", "x += 0.0")]),
+    "bf16 logits": (LOGITS, [("return torch.mm(a.float(), b.float())", "return torch.mm(a.float(), b.float()).bfloat16().float()")]),
+    "only the last part's dW": (LOGITS, [("else d_weight.add_(found)", "else found")]),
+    "long rows: sum not moved to the new maximum": (ROWS, [("s = s * tl.exp(top - new) + ", "s = s + ")]),
+    "long rows: mean not moved": (ROWS, [("q = q + seen * (top - new) + ", "q = q + ")]),
+    "long rows: own logit without bias": (ROWS, [("x += tl.load(BIAS + column, mask=column >= 0, other=0.0)", "x += 0.0")]),
+    "F: dz without smoothing": (TILES, [(" - (smoothing / num) * u", "")]),
+    "F: shares swapped in dz": (TILES, [("hard * lam * w_i - hard * (1 - lam) * w_j", "hard * (1 - lam) * w_i - hard * lam * w_j")]),
+    "F: dW without smoothing": (TILES, [("[None, :]) - smoothing / num", "[None, :])")]),
+    "F: own partner not added": (TILES, [("k[:, None] == other[None, :], hard", "(k[:, None] == other[None, :]) & (k[:, None] != row[None, :]), hard")]),
+    "F: row weight ignored in dW": (TILES, [("g * (share_b * gradient)", "g * gradient")]),
+    "F: upstream gradient ignored in dW": (TILES, [("g * (share_b * gradient)", "g * share_b")]),
+    "F: rows beyond the batch counted": (TILES, [("g = tl.where((o < batch)[None, :], g * (share_b * gradient), 0.0)", "g = g * (share_b * gradient)")]),
+    "F: classes beyond N counted": (TILES, [('x = tl.where((o < num)[None, :], x, float("-inf"))', "")]),
+    "F: average not moved to the new maximum": (TILES, [("grown = out[c] * shrink[:, None]", "grown = out[c]")]),
+    "F: sum not moved to the new maximum": (TILES, [("s = s * shrink + tl.sum(e, 1)", "s = s + tl.sum(e, 1)")]),
+    "F: mean not moved": (TILES, [("q += (top - new) * (start - begin)", "q += 0.0")]),
+    "F: splits' mean not moved": (TILES, [("+ (highest - new) * here", "")]),
+    "F: splits' sum not moved": (TILES, [("tl.load(place + batch) * grow", "tl.load(place + batch)")]),
+    "F: hit by any of equals": (TILES, [("(own == top) & (own > early)", "own == top")]),
+    "F: rows out of range not marked": (TILES, [('s = tl.where(valid, s, float("nan"))', "s = s")]),
+    "F: unshifted own logit": (TILES, [("tl_loss(s, own - top,", "tl_loss(s, own,")]),
+    "F: first chunk only": (TILES, [("x = tl.dot(a[c], tl.trans(b[c]), x, ", "x = tl.dot(a[0], tl.trans(b[0]), x, ")]),
+    "F: the last split is not launched": (STREAM, [("tiles.rows), splits)]", "tiles.rows), max(splits - 1, 1))]")]),
+}  # fmt: skip
+
+
+def passes(part: str, place: Path) -> bool:
+    """Whether that part's tests pass in the copy at `place`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_instance_loss_{part}.py"],
+        cwd=place, env=os.environ | {"PYTHONPATH": str(place)}, capture_output=True, check=False,
+    )  # fmt: skip
+    # A wild read may end the process; other statuses mean that pytest was not run.
+    assert done.returncode in (0, 1) or done.returncode < 0, done.stdout.decode()[-2000:]
+    return done.returncode == 0
+
+
+def noticed(name: str, place: Path) -> bool:
+    """Whether the tests of the file fail with the mistake planted in the copy at `place`."""
+    file, edits = MUTANTS[name]
+    original = (ROOT / file).read_text()
+    text = original
+    for old, new in edits:
+        assert old in text, f"{name}: {file} no longer holds {old!r}"
+        text = text.replace(old, new)
+    (place / file).write_text(text)
+    caught = not passes("stream" if file in (TILES, STREAM) else "fused", place)
+    (place / file).write_text(original)
+    return caught
+
+
+def main() -> None:
+    """Plant all, or those named; print what became of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "copy"
+        shutil.copytree(
+            ROOT, place, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs")
+        )
+        alive = []
+        assert passes("fused", place) and passes("stream", place), "broken without a mistake"
+        for name in sys.argv[1:] or MUTANTS:
+            caught = noticed(name, place)
+            print("caught" if caught else "ALIVE ", name, flush=True)
+            alive += [] if caught else [name]
+    print(f"{len(alive)} alive")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()

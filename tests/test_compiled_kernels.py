@@ -1,0 +1,52 @@
+"""Kernels as compiled for five GPUs: nothing spilled, loads in vectors, tensor cores in use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Bytes of shared memory a block may have, by the CUDA programming guide's table.
+SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10}
+
+
+def compiled(name: str, *architectures: str) -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, build, what it uses), from a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "compiled.py", name, *architectures],
+        env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert set(found) == set(architectures)
+    return [(a, title, use) for a, builds in found.items() for title, use in builds.items()]
+
+
+def test_row_kernels() -> None:
+    builds = compiled("rows", *SHARED)
+    assert len(builds) == 5 * 3
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0, where
+        assert use["vector_loads"] > 0 and use["vector_stores"] > 0, where
+        assert use["shared"] <= SHARED[architecture], where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+def test_tile_kernels(architecture: str) -> None:
+    builds = compiled("tiles", architecture)
+    assert len(builds) == 2 * 5
+    for _, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0, where
+        assert use["tensor_core"] > 0 and use["vector_loads"] > 0, where
+        assert use["shared"] <= SHARED[architecture], where
+        # Blocks of 64 rows and more are what the newer instructions take.
+        newer = architecture in ("90", "100") and title in ("forward D = 192", "weight D = 192")
+        assert use["warpgroup"] > 0 or not newer, where
