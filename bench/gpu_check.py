@@ -73,6 +73,13 @@ def photographs(num: int = 2040) -> Store:
     return Store(pixels, offset, height, width, label, tuple(map(str, range(102))), "noise")
 
 
+def loss_time() -> dict[str, Any]:
+    """The loss at three sizes beside its peers and the three products alone."""
+    from fastidmm.bench.loss import run
+
+    return run()
+
+
 def views_time() -> list[dict[str, Any]]:
     """The views' kernels beside the plain renderer and other libraries."""
     from fastidmm.bench.views import measure
@@ -165,6 +172,7 @@ def main() -> None:
         "versions": versions,
         "tests": gpu_tests,
         "views": views_time,
+        "loss": loss_time,
         "step": lambda: step_time(out, 1536 * FLOP_PER_CROP),
         "step_224": lambda: step_time(
             out, 256 * FLOP_224, resolution=224, method="supervised", batch_size=256

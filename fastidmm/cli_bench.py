@@ -53,3 +53,18 @@ def bench_views(
     images = num_images or (256 if place.type == "cuda" else 8)
     found = measure(place, size=size, num_images=images, repeats=repeats)
     answer(found, as_json, lambda: text(found))
+
+
+@bench.command("loss")
+def bench_loss(
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Time, memory and error of the instance loss, beside other libraries.
+
+    Example: fastidmm bench loss --json
+    """
+    from fastidmm.bench.loss import run, table
+
+    found = run(rounds=rounds)
+    answer(found, as_json, lambda: table(found))

@@ -84,15 +84,26 @@ def fused(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
     radius = math.ceil(4 * group.sigma[1]) if group.blur else 0
     goes_to = torch.empty_like(plan.partner)
     goes_to[plan.partner] = torch.arange(num, device=device)
-    columns, wide = _blocks(size, radius)
-    programs.finish[(num, triton.cdiv(size, ROWS), triton.cdiv(size, columns))](
+    constants = finish_constants(size, radius)
+    programs.finish[(num, triton.cdiv(size, ROWS), triton.cdiv(size, constants["COLUMNS"]))](
         resized, found, mean, *chain, plan.blur, plan.sigma, plan.solarize, plan.flip,
         plan.box, goes_to, size, *group.mean, *group.std,
-        RADIUS=radius, ROWS=ROWS, TALL=triton.next_power_of_2(ROWS + 2 * radius),
-        WIDE=wide, COLUMNS=columns, BLUR=bool(group.blur), CUTMIX=plan.mix == "cutmix",
-        num_warps=8,
+        **constants, BLUR=bool(group.blur), CUTMIX=plan.mix == "cutmix", num_warps=8,
     )  # fmt: skip
     return found.permute(0, 3, 1, 2)
+
+
+def resize_constants(size: int) -> dict[str, int]:
+    """Of the program that resizes to `size` px."""
+    columns = min(COLUMNS, max(16, triton.next_power_of_2(size)))
+    return {"ROWS": ROWS, "COLUMNS": columns, "TALL": SOURCE_ROWS, "WIDE": SOURCE_COLUMNS}
+
+
+def finish_constants(size: int, radius: int) -> dict[str, int]:
+    """Of the program that finishes crops of `size` px, blurred from so many px around."""
+    columns, wide = _blocks(size, radius)
+    tall = triton.next_power_of_2(ROWS + 2 * radius)
+    return {"RADIUS": radius, "ROWS": ROWS, "COLUMNS": columns, "TALL": tall, "WIDE": wide}
 
 
 def _blocks(size: int, radius: int) -> tuple[int, int]:
@@ -108,11 +119,10 @@ def resize(store: Store, crops: Crops, dtype: torch.dtype) -> Tensor:
     num, size = crops.rows.numel(), crops.size
     found = torch.empty(num, size, size, 3, dtype=dtype, device=store.pixels.device)
     if num:
-        columns = min(COLUMNS, max(16, triton.next_power_of_2(size)))
-        programs.resize[(num, triton.cdiv(size, ROWS), triton.cdiv(size, columns))](
+        constants = resize_constants(size)
+        programs.resize[(num, triton.cdiv(size, ROWS), triton.cdiv(size, constants["COLUMNS"]))](
             store.pixels, store.offset, store.width.contiguous(), crops.rows, crops.window,
             crops.origin, crops.scale, found, size,
-            CUBIC=crops.interpolation == "bicubic", ROWS=ROWS, COLUMNS=columns,
-            TALL=SOURCE_ROWS, WIDE=SOURCE_COLUMNS, num_warps=8,
+            **constants, CUBIC=crops.interpolation == "bicubic", num_warps=8,
         )  # fmt: skip
     return found

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastidmm.kernels import draws, draws_program, views, views_programs
 from fastidmm.kernels import instance_loss_rows as rows
 from fastidmm.kernels import instance_loss_stream as stream
 from fastidmm.kernels import instance_loss_tiles as tiles
@@ -90,6 +91,55 @@ def tile_builds(architecture: int) -> dict[str, Build]:
     return found
 
 
+def view_builds(architecture: int) -> dict[str, Build]:
+    """The views' programs as launched for crops of 112, 224 and 448 px."""
+    source = {
+        "pixels": "*u8", "offset": "*i64", "width": "*i32", "rows": "*i64", "window": "*i64",
+        "origin": "*fp64", "scale": "*fp64", "out": "*fp16", "size": "i32:16",
+    }  # fmt: skip
+    chain = {
+        "resized": "*fp16", "mean": "*fp32", "jitter": "*i1", "order": "*i64",
+        "factors": "*fp32", "size": "i32:16",
+    }  # fmt: skip
+    rest = {"gray": "*i1", "blur": "*i1", "sigma": "*fp32", "solarize": "*i1", "flip": "*i1"}
+    colours = {f"{kind}_{c}": "fp32" for kind in ("mean", "std") for c in "rgb"}
+    places = {"out": "*bf16", "box": "*i64", "goes_to": "*i64"}
+    found = {"means": Build(views_programs.means, chain, {"BLOCK": views.PIXELS}, {})}
+    for size in (112, 224, 448):
+        for cubic in (False, True):
+            title = f"resize to {size}, {'bicubic' if cubic else 'bilinear'}"
+            constants = {**views.resize_constants(size), "CUBIC": cubic}
+            found[title] = Build(views_programs.resize, source, constants, {"num_warps": 8})
+        arguments = {**chain, **rest, **places, **colours}
+        constants = {**views.finish_constants(size, 8), "BLUR": True, "CUTMIX": True}
+        finish = Build(views_programs.finish, arguments, constants, {"num_warps": 8})
+        found[f"finish {size}"] = finish
+    return found
+
+
+def draw_builds(architecture: int) -> dict[str, Build]:
+    """The draws of pretraining and of fine-tuning."""
+    kinds = {
+        "*i64": "rows views orders chances window order operation level spot",
+        "*i32": "heights widths",
+        "*fp64": "ratio_table ranges origin scale",
+        "*fp32": "factors sigma",
+        "*i1": "flip jitter gray blur solarize negative",
+        "i64": "key operation_key",
+        "i32": "epoch num size",
+    }
+    arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
+    return {
+        f"draws with {turns} operations": Build(
+            draws_program.draws,
+            arguments,
+            {"TURNS": turns, "CROPS": draws.CROPS},
+            {"enable_fp_fusion": False},
+        )
+        for turns in (0, 2)
+    }
+
+
 def built(build: Build, architecture: int) -> dict[str, int]:
     """Registers, bytes of stack and of shared memory, and the instructions that matter."""
     names = build.kernel.arg_names
@@ -117,11 +167,12 @@ def built(build: Build, architecture: int) -> dict[str, int]:
         "vector_loads": len(re.findall(r"ld\.global[\w.]*\.v4\.", text)),
         "vector_stores": len(re.findall(r"st\.global[\w.]*\.v[24]\.", text)),
         "tensor_core": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", text)),
+        "fused_doubles": len(re.findall(r"fma\.rn\.f64", text)),
         "warpgroup": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", text)),
     }
 
 
-KINDS = {"rows": row_builds, "tiles": tile_builds}
+KINDS = {"rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds}
 
 
 def main() -> None:

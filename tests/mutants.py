@@ -1,4 +1,4 @@
-"""Plants mistakes in the loss kernels, one at a time, and sees whether the tests notice.
+"""Plants mistakes in the kernels, one at a time, and sees whether the tests notice.
 
     python tests/mutants.py [NAME ...]
 
@@ -17,6 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROWS, TILES = "kernels/instance_loss_rows.py", "kernels/instance_loss_tiles.py"
 LOGITS, STREAM = "kernels/instance_loss_logits.py", "kernels/instance_loss_stream.py"
+VIEWS, VIEWS_CALL = "kernels/views_programs.py", "kernels/views.py"
+DRAWS, DRAWS_CALL = "kernels/draws_program.py", "kernels/draws.py"
+# The tests that must notice a mistake in a file: tests/test_NAME.py.
+TESTS = {
+    ROWS: "instance_loss_fused", LOGITS: "instance_loss_fused", TILES: "instance_loss_stream",
+    STREAM: "instance_loss_stream", VIEWS: "views", VIEWS_CALL: "views", DRAWS: "draws",
+    DRAWS_CALL: "draws",
+}  # fmt: skip
 
 # Name: the file, and pairs of what stands there and what is put in its place.
 MUTANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -89,13 +97,46 @@ MUTANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "F: unshifted own logit": (TILES, [("tl_loss(s, own - top,", "tl_loss(s, own,")]),
     "F: first chunk only": (TILES, [("x = tl.dot(a[c], tl.trans(b[c]), x, ", "x = tl.dot(a[0], tl.trans(b[0]), x, ")]),
     "F: the last split is not launched": (STREAM, [("tiles.rows), splits)]", "tiles.rows), max(splits - 1, 1))]")]),
+    "V: centres half a pixel off": (VIEWS, [("(place.to(tl.float64) + 0.5) * scale", "place.to(tl.float64) * scale")]),
+    "V: no antialiasing": (VIEWS, [("stretch = tl.maximum(scale, 1.0)", "stretch = scale * 0.0 + 1.0")]),
+    "V: cubic cut short": (VIEWS, [("support = 2.0 if CUBIC else 1.0", "support = 1.0")]),
+    "V: pixels beyond the window": (VIEWS, [("return tl.where((source >= first) & (source < last), weight, 0.0)", "return weight")]),
+    "V: hue for saturation": (VIEWS, [("if now == 3:", "if now == 2:")]),
+    "V: contrast's mean after all": (VIEWS, [("going = going and (now != 1)", "going = going")]),
+    "V: mean over the block": (VIEWS, [("tl.sum(total, 0) / (size * size)", "tl.sum(total, 0) / BLOCK")]),
+    "V: another luma": (VIEWS, [("0.587 * green", "0.5 * green")]),
+    "V: hue turns green amiss": (VIEWS, [("sixths + 3.0", "sixths + 1.0")]),
+    "V: blur shifted down": (VIEWS, [("tall[None, :] - RADIUS - tl.arange(0, ROWS)[:, None]", "tall[None, :] - tl.arange(0, ROWS)[:, None]")]),
+    "V: blur of the first columns": (VIEWS, [("begin_x + wide - RADIUS", "wide - RADIUS")]),
+    "V: blur not normalised": (VIEWS, [("/ total_y[:, None]", "")]),
+    "V: solarize from 100": (VIEWS, [("128 / 255, 1.0 - red", "100 / 255, 1.0 - red")]),
+    "V: no flip": (VIEWS, [("last - x, x)", "x, x)")]),
+    "V: own box not left out": (VIEWS, [("here & ~_in_box(box, crop, y, x)", "here")]),
+    "V: own box pasted": (VIEWS, [("here & _in_box(box, there, y, x)", "here & _in_box(box, crop, y, x)")]),
+    "V: deviation forgotten": (VIEWS, [("(red - mean_r) / std_r", "red - mean_r")]),
+    "V: gray in red alone": (VIEWS, [("shade, shade, shade", "shade, green, blue")]),
+    "V: partners not inverted": (VIEWS_CALL, [("goes_to[plan.partner] = torch.arange(num, device=device)", "goes_to = plan.partner")]),
+    "V: radius of one sigma": (VIEWS_CALL, [("math.ceil(4 * group.sigma[1])", "math.ceil(group.sigma[1])")]),
+    "V: first rows everywhere": (VIEWS, [("y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)", "y = tl.arange(0, ROWS)")]),
+    "D: the last try that fits": (DRAWS, [("tl.where(fits & ~found, tall, height)", "tl.where(fits, tall, height)")]),
+    "D: halves rounded up": (DRAWS, [("((x + 4503599627370496.0) - 4503599627370496.0)", "tl.floor(x + 0.5)")]),
+    "D: whole width refused": (DRAWS, [("(width <= wide)", "(width < wide)")]),
+    "D: another entry of the table": (DRAWS, [("ratio_word >> 16", "ratio_word >> 15 & 65535")]),
+    "D: last row never": (DRAWS, [("high - height + 1", "high - height")]),
+    "D: order from another word": (DRAWS, [("_below(a, 24)", "_below(b, 24)")]),
+    "D: sigma from another word": (DRAWS, [("_between(d, ranges, 5)", "_between(c, ranges, 5)")]),
+    "D: central crop of other shapes": (DRAWS, [("tl.where(ratio < least", "tl.where(ratio < most")]),
+    "D: operations by the crop's key": (DRAWS, [("operation_key, epoch, row, view, 2 * turn)", "key, epoch, row, view, 2 * turn)")]),
+    "D: levels from 0": (DRAWS, [("1 + _below(c, 9)", "_below(c, 9)")]),
+    "D: solarize by blur's chance": (DRAWS, [("a < tl.load(chances + 4)", "a < tl.load(chances + 3)")]),
+    "D: halves of the key swapped": (DRAWS_CALL, [("low | high << 32", "high | low << 32")]),
 }  # fmt: skip
 
 
 def passes(part: str, place: Path) -> bool:
     """Whether that part's tests pass in the copy at `place`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_instance_loss_{part}.py"],
+        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_{part}.py"],
         cwd=place, env=os.environ | {"PYTHONPATH": str(place)}, capture_output=True, check=False,
     )  # fmt: skip
     # A wild read may end the process; other statuses mean that pytest was not run.
@@ -112,7 +153,7 @@ def noticed(name: str, place: Path) -> bool:
         assert old in text, f"{name}: {file} no longer holds {old!r}"
         text = text.replace(old, new)
     (place / file).write_text(text)
-    caught = not passes("stream" if file in (TILES, STREAM) else "fused", place)
+    caught = not passes(TESTS[file], place)
     (place / file).write_text(original)
     return caught
 
@@ -125,8 +166,10 @@ def main() -> None:
             ROOT, place, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs")
         )
         alive = []
-        assert passes("fused", place) and passes("stream", place), "broken without a mistake"
-        for name in sys.argv[1:] or MUTANTS:
+        asked = sys.argv[1:] or list(MUTANTS)
+        for part in {TESTS[MUTANTS[name][0]] for name in asked}:
+            assert passes(part, place), f"broken without a mistake: {part}"
+        for name in asked:
             caught = noticed(name, place)
             print("caught" if caught else "ALIVE ", name, flush=True)
             alive += [] if caught else [name]

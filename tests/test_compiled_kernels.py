@@ -37,6 +37,22 @@ def test_row_kernels() -> None:
         assert use["shared"] <= SHARED[architecture], where
 
 
+def test_view_programs() -> None:
+    builds = compiled("views", *SHARED)
+    assert len(builds) == 5 * (1 + 3 * 3)
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0, where
+        assert (use["tensor_core"] > 0) == (title != "means"), where
+        assert use["shared"] <= SHARED[architecture], where
+
+
+def test_draws_fuse_no_doubles() -> None:
+    """A fused multiply-add rounds once where the definition rounds twice."""
+    for architecture, title, use in compiled("draws", "80", "90", "100"):
+        assert use["stack"] == 0 and use["fused_doubles"] == 0, f"{title} for sm_{architecture}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED)
 def test_tile_kernels(architecture: str) -> None:
