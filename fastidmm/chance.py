@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastidmm.kernels.words import words
+
 WORD = 0xFFFFFFFF
 TABLE_BITS = 16
 
@@ -43,6 +45,11 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> Tensor:
 
     Whole numbers stay on the host: made into tensors, each would cost a copy to the device.
     """
+    return words(counter, key)
+
+
+def rounds(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> Tensor:
+    """The definition of `philox`, in operations that every device has."""
     c0, c1, c2, c3 = (part & WORD for part in counter)
     k0, k1 = key
     for _ in range(10):
@@ -50,10 +57,10 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> Tensor:
         high1, low1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    words = [word for word in (c0, c1, c2, c3) if isinstance(word, Tensor)]
+    found = [word for word in (c0, c1, c2, c3) if isinstance(word, Tensor)]
     # The sum's shape is the one they all broadcast to.
-    shape = sum(words[1:], words[0])
-    return torch.stack([word.expand_as(shape) for word in words], dim=-1)
+    shape = sum(found[1:], found[0])
+    return torch.stack([word.expand_as(shape) for word in found], dim=-1)
 
 
 @dataclass(slots=True)

@@ -36,6 +36,7 @@ KERNELS = {
     "draws": "fastidmm.kernels.draws:draws",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "views": "fastidmm.kernels.views:views",
+    "words": "fastidmm.kernels.words:words",
 }
 TABLES = {
     "dataset": DATASETS,

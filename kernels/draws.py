@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters, Use, ratio_table
+from fastidmm.kernels.words import signed
 
 try:
     import triton
@@ -78,15 +79,10 @@ def fused(
         program.draws[(triton.cdiv(num, CROPS),)](
             rows, views, sizes[0].contiguous(), sizes[1].contiguous(),
             ratio_table(*group.ratio, device), orders, chances, ranges, *found.values(),
-            _signed(keys[0]), _signed(keys[1]), epoch, num, group.size,
+            signed(keys[0], 64), signed(keys[1], 64), epoch, num, group.size,
             TURNS=turns, CROPS=CROPS, enable_fp_fusion=False,
         )  # fmt: skip
     return found
-
-
-def _signed(key: int) -> int:
-    """64 bits as Triton takes them, with a sign."""
-    return key - (1 << 64) if key >> 63 else key
 
 
 @cache

@@ -6,11 +6,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _word(word):
-    """An unsigned word as int64."""
-    return word.to(tl.uint32, bitcast=True).to(tl.int64)
+from fastidmm.kernels.words_program import as_word
 
 
 @triton.jit
@@ -18,7 +14,7 @@ def _words(key, epoch, row, view, block):
     """Four words of a counter; `row` and `view` as int32 bits."""
     counter = row * 0
     a, b, c, d = tl.philox(key, counter + epoch, row, view, counter + block)
-    return _word(a), _word(b), _word(c), _word(d)
+    return as_word(a), as_word(b), as_word(c), as_word(d)
 
 
 @triton.jit

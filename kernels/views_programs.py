@@ -14,8 +14,10 @@ def _weight(distance, CUBIC: tl.constexpr):
     if CUBIC:
         near = (1.5 * d - 2.5) * d * d + 1.0
         far = ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
-        return tl.where(d < 1.0, near, tl.where(d < 2.0, far, 0.0))
-    return tl.maximum(1.0 - d, 0.0)
+        weight = tl.where(d < 1.0, near, tl.where(d < 2.0, far, 0.0))
+    else:
+        weight = tl.maximum(1.0 - d, 0.0)
+    return weight
 
 
 @triton.jit

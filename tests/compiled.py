@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastidmm.kernels import draws, draws_program, views, views_programs
+from fastidmm.kernels import draws, draws_program, views, views_programs, words, words_program
 from fastidmm.kernels import instance_loss_rows as rows
 from fastidmm.kernels import instance_loss_stream as stream
 from fastidmm.kernels import instance_loss_tiles as tiles
@@ -129,7 +129,15 @@ def draw_builds(architecture: int) -> dict[str, Build]:
         "i32": "epoch num size",
     }
     arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
-    return {
+    counter = {"a": "i32", "b": "*i64", "c": "i32", "d": "*i64"}
+    told = {name.upper(): kind != "i32" for name, kind in counter.items()}
+    words_build = Build(
+        words_program.words,
+        {**counter, "out": "*i64", "key": "i64", "num": "i32"},
+        {**told, "COUNTERS": words.COUNTERS},
+        {},
+    )
+    return {"words": words_build} | {
         f"draws with {turns} operations": Build(
             draws_program.draws,
             arguments,

@@ -1,4 +1,4 @@
-"""The kernel of `draws` in Triton's interpreter: the plan's own numbers, to the bit."""
+"""The kernels of `draws` and `words` in Triton's interpreter: the plan's numbers, to the bit."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.kernels import draws as kernel
+from fastidmm.kernels import words
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU, tests/gpu/ compares whole plans"
@@ -56,6 +57,23 @@ def test_every_number_is_the_plans(group: ViewGroup, num: int) -> None:
     if num > 1:
         full = ours["window"][:, 2:] - ours["window"][:, :2]
         assert bool((full[:, 0] == high[rows]).any())  # a strip, taken by its middle
+
+
+@pytest.mark.parametrize("key", [(0, 0), (2**32 - 1, 2**32 - 1), (2**31, 5)])
+def test_words_are_philoxs(key: tuple[int, int]) -> None:
+    """Parts of one and of two dimensions, whole numbers beyond 31 bits, a tensor without any."""
+    row = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 7, 5 * 2**32 + 3])
+    some = torch.arange(300)
+    for counter in (
+        (3, row, 0, 0),
+        (2**32 - 1, 1, 2**31, row),
+        (row, row.flip(0), 2**31 - 1, row),
+        (799, some[:, None], row, 1),
+        (torch.tensor(12), some[:, None, None], 2, torch.arange(3)),
+    ):
+        assert torch.equal(words.fused(counter, key), words.reference(counter, key))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert words.fused((0, none, 0, 0), key).shape == (0, 4)
 
 
 def test_no_crops_are_no_launch() -> None:
