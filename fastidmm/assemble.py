@@ -77,12 +77,13 @@ def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
     held = torch.zeros(0, dtype=torch.int64)
     if run.holdout:
         num = round(run.holdout * len(store))
-        held = stratified(labels, num, run.seed, Use.HOLDOUT)
+        # Every class keeps an image to be learnt from.
+        held = stratified(labels, num, run.seed, Use.HOLDOUT, spare=1)
         learnt[held] = False
-        lost = set(labels.tolist()) - set(labels[learnt].tolist())
-        if not num or lost:
-            what = "hold no image out" if not num else f"leave {len(lost)} classes no image"
-            raise UsageError(f"--holdout {run.holdout:g} would {what} of {len(store)}: change it.")
+        if not len(held):
+            raise UsageError(
+                f"--holdout {run.holdout:g} would hold none of {len(store)} images out: raise it."
+            )
     rows = learnt.nonzero()[:, 0]
     if run.num_images > len(rows):
         raise UsageError(
@@ -179,6 +180,11 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     source = start_of(folder, recipe.run.init)
     if source is None:
         return "random weights"
+    if not source.is_dir():
+        raise UsageError(
+            f"run.init names {source}, which is not there: name a checkpoint's folder as seen from "
+            f"{folder}, or leave it out."
+        )
     if recipe.run.init_head:
         (state,), _ = checkpoint.load(source, checkpoint.MODEL)
         loaded = load_weights(method, state, source=str(source)) + ", head included"

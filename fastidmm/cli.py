@@ -254,11 +254,12 @@ def resume(
     Example: fastidmm resume demo
     """
     from fastidmm import stages
+    from fastidmm.reporting.report import remaining
 
-    found = stages.resume(_run(named or run))
-    following = "evaluate" if len(found) > 1 else "finetune"
+    folder = _run(named or run)
+    found = stages.resume(folder)
     lines = [_finished(stage, "") for stage in found]
-    lines.append(f"next: fastidmm {following} --run {found[0]['run']}")
+    lines += [f"next: {command}" for command in remaining(folder)]
     answer(found, as_json, "\n".join(lines))
 
 

@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from fastidmm import colour
 
@@ -110,13 +109,16 @@ def enhance(x: Tensor, operation: Tensor, level: Tensor, negative: Tensor, *_: T
 
 def smooth(x: Tensor) -> Tensor:
     """Pillow's filter SMOOTH: 3 x 3, the middle weighing 5 of 13; the outermost pixels stay."""
-    weights = torch.ones(3, 1, 3, 3, device=x.device)
-    weights[:, :, 1, 1] = 5
-    if min(x.shape[2:]) < 3:
+    size = x.shape[-1]
+    if size < 3:
         return x
+    # By shifted sums: a convolution might be computed in TF32.
+    total = 4 * x[:, :, 1:-1, 1:-1]
+    for down in range(3):
+        for across in range(3):
+            total = total + x[:, :, down : down + size - 2, across : across + size - 2]
     smoothed = x.clone()
-    with colour.exact_products():
-        smoothed[:, :, 1:-1, 1:-1] = conv2d(x, weights / 13, groups=3)
+    smoothed[:, :, 1:-1, 1:-1] = total / 13
     return smoothed
 
 

@@ -114,6 +114,11 @@ class Recipe(BaseModel):
         finetune = _checked("finetune", FinetuneOptions, tables)
         high = _checked("finetune_high", FinetuneHighOptions, tables)
         twice = {"resolution": high.resolution or 2 * finetune.resolution}
+        if high.epochs and twice["resolution"] <= finetune.resolution:
+            raise UsageError(
+                f"finetune_high.resolution is {high.resolution}, not above the first's, "
+                f"{finetune.resolution}: raise it, or set finetune_high.epochs=0 for no such stage."
+            )
         return cls(
             run=run.model_copy(update=cadence),
             optim=optim.model_copy(update=settled),

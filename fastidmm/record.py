@@ -29,6 +29,7 @@ from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
+SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
 
 
@@ -126,9 +127,8 @@ class Record:
     @property
     def pretrained(self) -> bool:
         """Whether it goes back to pretrained weights, directly or by an earlier stage."""
-        if self.init is None or not self.recipe.run.init_head:
-            return self.init is not None
-        return Record(self.init.parent.parent).pretrained
+        # The stage it went on from may be gone: the name tells of which arm it is.
+        return self.init is not None and not self.folder.name.startswith(SCRATCH)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from fastidmm.assemble import check_labels, training_rows
+from fastidmm.backbones.build import check_resolution
 from fastidmm.preparing.prepare import prepare
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.registry import find
 from fastidmm.reporting.report import write
-from fastidmm.scoring import evaluate, scored_splits
+from fastidmm.scoring import check_split, evaluate
 from fastidmm.stages import finetune, pretrain
 from fastidmm.store import prepared
 
@@ -18,7 +20,12 @@ def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     if recipe.run.dataset == "demo" and "demo" not in prepared():
         for line in prepare(find("dataset", "demo")().open(from_=None, seed=0), "demo").lines():
             say(line)
-    scored_splits(recipe)  # what can't be scored is said before the first hour, not after it
+    # What cannot be done is said before the first hour, not after it; no test file is opened.
+    check_labels(training_rows(recipe), recipe.run.dataset)
+    check_split(recipe.run.dataset)
+    check_resolution(recipe.run.backbone, recipe.finetune.resolution)
+    if recipe.finetune_high.epochs:
+        check_resolution(recipe.run.backbone, recipe.finetune_high.resolution)
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)

@@ -10,13 +10,13 @@ from fastidmm import checkpoint
 from fastidmm.assemble import build_method, check_labels, training_rows
 from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.chance import Counters
-from fastidmm.errors import UsageError
+from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, newest_weights, stages
-from fastidmm.store import Store, folder_of, open_store
+from fastidmm.store import Store, folder_of, has_split, open_store
 
 EVALUATION = "evaluation.json"
 SHOWN_CLASSES = 5
@@ -58,9 +58,16 @@ def evaluate(run: Path) -> dict[str, Any]:
 
 def looks(run: Path) -> dict[str, int]:
     """How often a run's test images were looked at: in fine-tuning, and by `evaluate`."""
-    path, lines = run / EVALUATION, [line for s in stages(run) for line in Record(s).metrics()]
+    path = run / EVALUATION
+    lines = [line for folder in (run, *stages(run)) for line in Record(folder).metrics()]
     before = json.loads(path.read_text()).get("evaluations", 1) if path.exists() else 0
     return {"finetune": sum("test_top1" in line for line in lines), "evaluate": before}
+
+
+def check_split(dataset: str) -> None:
+    """Refuse a dataset without test images, unread."""
+    if not has_split(dataset, "test"):
+        raise DataError(f"{dataset!r} has no test split: prepare a folder with train/ and test/.")
 
 
 def scored_splits(recipe: Recipe) -> tuple[Store, Store]:

@@ -12,8 +12,8 @@ from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score
 from fastidmm.machine import device_of
 from fastidmm.progress import SHOWN
-from fastidmm.recipe import Recipe, Tables, with_settings
-from fastidmm.record import RECIPE, Record, free_folder, run_folder, stages
+from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
+from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
 from fastidmm.scoring import best
 from fastidmm.store import Store
 from fastidmm.train import train
@@ -30,7 +30,7 @@ def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
     folder = run_folder(run) if run else free_folder(run_folder(stem[:60]))
     store = training_rows(recipe)
-    tried(recipe, store)
+    initialise(tried(recipe, store), folder, recipe)
     record = Record.create(folder, recipe, store)
     train(record)
     return summary(record)
@@ -50,7 +50,8 @@ def finetune(
     At a higher resolution than the run's first stage has, it goes on from the newest stage.
     """
     parent = Record(run)
-    wanted = settings.get("run.backbone")
+    asked = with_settings({}, settings, assignments).get("run", {})
+    wanted = asked.get("backbone")
     if (run.parent / RECIPE).exists():
         raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
     if wanted not in (None, parent.recipe.run.backbone):
@@ -62,16 +63,31 @@ def finetune(
         )
     if pretrained and not parent.finished:
         raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
-    resolution = settings.get("run.resolution") or parent.recipe.finetune.resolution
+    resolution = asked.get("resolution") or parent.recipe.finetune.resolution
+    if not isinstance(resolution, int):
+        raise UsageError(f"run.resolution = {resolution!r}: give pixels, such as 448.")
     start = stage_below(parent, resolution, pretrained=pretrained)
     tables = high_tables(start) if start else finetune_tables(parent, pretrained=pretrained)
     recipe = Recipe.of(with_settings(tables, settings, assignments))
-    name = f"{'finetune' if pretrained else 'scratch'}-{recipe.run.resolution}"
+    if start:
+        _same_images(start, recipe)
+    name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
     folder = free_folder(run / name)
     initialise(tried(recipe, training_rows(recipe)), folder, recipe)
     record = Record.create(folder, recipe, training_rows(recipe))
     train(record)
     return summary(record)
+
+
+def _same_images(start: Record, recipe: Recipe) -> None:
+    """Refuse to judge a stage by images that the stage before it has learnt."""
+    for key in ("dataset", "num_images", "holdout", "seed"):
+        before, now = getattr(start.recipe.run, key), getattr(recipe.run, key)
+        if before != now:
+            raise UsageError(
+                f"run.{key} is {now!r}, and {start.folder}, whose classifier is taken over, learnt "
+                f"with {before!r}: keep that, or fine-tune at the first resolution again."
+            )
 
 
 def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record | None:
@@ -102,6 +118,7 @@ def high_tables(start: Record) -> Tables:
     old, run = start.recipe, Record(start.folder.parent).recipe
     settings = run.finetune_high.model_dump(exclude_none=True)
     lr = settings.pop("lr", backbone(old.run.backbone).lr_high)
+    settings["epochs"] = settings["epochs"] or FinetuneHighOptions().epochs
     settings["init"] = os.path.join("..", os.path.relpath(start.result, start.folder.parent))
     return _stage_tables(old, {**settings, "init_head": True}, lr, old.method)
 

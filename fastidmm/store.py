@@ -142,16 +142,23 @@ def _joined(shards: list[Store], folder: Path, split: str) -> Store:
     )
 
 
-def stratified(labels: Tensor, num: int, seed: int, use: Use = Use.SUBSET) -> Tensor:
+def stratified(
+    labels: Tensor, num: int, seed: int, use: Use = Use.SUBSET, *, spare: int = 0
+) -> Tensor:
     """`num` rows chosen by the seed, every class in its share, in the store's order: (num,) int64.
 
-    Shares are rounded down; the largest remainders get what is left.
+    Shares are rounded down; the largest remainders get what is left. `spare` rows of each class are
+    never taken, so that there may be fewer than `num`.
     """
     shuffled = permutation(philox((0, torch.arange(len(labels)), 0, 0), Counters(seed).key(use)))
     classes, counts = labels.unique(return_counts=True)
     exact = counts.double() * num / len(labels)
     quota = exact.floor().long()
-    quota[torch.argsort(quota - exact, stable=True)[: num - int(quota.sum())]] += 1
+    # Equal remainders, as classes of one size have, are a matter of chance and not of names.
+    rank = permutation(philox((1, torch.arange(len(classes)), 0, 0), Counters(seed).key(use)))
+    rank = rank[torch.argsort((quota - exact)[rank], stable=True)]
+    quota[rank[: num - int(quota.sum())]] += 1
+    quota = torch.minimum(quota, (counts - spare).clamp(min=0))
     chosen = [
         shuffled[labels[shuffled] == which][:share]
         for which, share in zip(classes.tolist(), quota.tolist(), strict=True)

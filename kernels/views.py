@@ -32,6 +32,7 @@ except ImportError:  # elsewhere than on Linux
 ROWS = 16  # output rows of a program: the least that a matrix product takes
 COLUMNS = 128  # output columns of a program, at most
 SOURCE_ROWS, SOURCE_COLUMNS = 32, 64  # of a source tile
+MOST_RADIUS = 8  # px of a blur; wider tiles do not fit the registers
 PIXELS = 1024  # of a step of `means`
 
 
@@ -39,7 +40,11 @@ def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
     if triton is None or not store.pixels.is_cuda:
         return reference(store, plan, group, dtype)
-    return fused(store, plan, group, dtype) if fusible(plan) else partly(store, plan, group, dtype)
+    return (
+        fused(store, plan, group, dtype)
+        if fusible(plan, group)
+        else partly(store, plan, group, dtype)
+    )
 
 
 def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
@@ -55,9 +60,15 @@ def reference(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtyp
     return pixels.to(dtype=dtype, memory_format=torch.channels_last)
 
 
-def fusible(plan: GroupPlan) -> bool:
+def fusible(plan: GroupPlan, group: ViewGroup) -> bool:
     """Whether the kernels know all that a plan asks for."""
-    return plan.mix != "mixup" and not plan.operation.shape[1]
+    known = plan.mix != "mixup" and not plan.operation.shape[1]
+    return known and (not group.blur or _radius(group) <= MOST_RADIUS)
+
+
+def _radius(group: ViewGroup) -> int:
+    """How far blurs read, px: four times the largest sigma; each crop's own is on the device."""
+    return math.ceil(4 * group.sigma[1])
 
 
 def partly(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
@@ -81,7 +92,7 @@ def fused(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
     mean = torch.empty(num, dtype=torch.float32, device=device)
     chain = (plan.jitter, plan.order, plan.factors, plan.gray)
     programs.means[(num,)](resized, mean, *chain[:3], size, BLOCK=PIXELS)
-    radius = math.ceil(4 * group.sigma[1]) if group.blur else 0
+    radius = _radius(group) if group.blur else 0
     goes_to = torch.empty_like(plan.partner)
     goes_to[plan.partner] = torch.arange(num, device=device)
     constants = finish_constants(size, radius)

@@ -116,7 +116,7 @@ MUTANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "V: deviation forgotten": (VIEWS, [("(red - mean_r) / std_r", "red - mean_r")]),
     "V: gray in red alone": (VIEWS, [("shade, shade, shade", "shade, green, blue")]),
     "V: partners not inverted": (VIEWS_CALL, [("goes_to[plan.partner] = torch.arange(num, device=device)", "goes_to = plan.partner")]),
-    "V: radius of one sigma": (VIEWS_CALL, [("math.ceil(4 * group.sigma[1])", "math.ceil(group.sigma[1])")]),
+    "V: radius of one sigma": (VIEWS_CALL, [("_radius(group) if group.blur", "_radius(group) // 4 if group.blur")]),
     "V: first rows everywhere": (VIEWS, [("y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)", "y = tl.arange(0, ROWS)")]),
     "D: the last try that fits": (DRAWS, [("tl.where(fits & ~found, tall, height)", "tl.where(fits, tall, height)")]),
     "D: halves rounded up": (DRAWS, [("((x + 4503599627370496.0) - 4503599627370496.0)", "tl.floor(x + 0.5)")]),

@@ -183,7 +183,12 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     assert status == 2 and "did you mean 'mine'" in sentence(err)
     status, out, err = typed("resume", "mine")
     assert status == 0 and "is finished" in err
-    assert out.splitlines()[-1] == "next: fastidmm finetune --run runs/mine"
+    assert [line for line in out.splitlines() if line.startswith("next: ")] == [
+        "next: fastidmm finetune --run mine",
+        "next: fastidmm finetune --run mine --scratch",
+        "next: fastidmm evaluate --run mine",
+        "next: fastidmm report --run mine",
+    ]
 
 
 def test_no_runs_yet(typed: Type, toy: str) -> None:

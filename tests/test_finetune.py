@@ -1,35 +1,22 @@
-"""Fine-tuning's stages: what they start from, the same bits after a kill, images held out."""
+"""Fine-tuning's stages: what they start from, the same bits after a kill, golden losses."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from toy_runs import FIRST, HIGH, RUN, Killed, losses, recipe, weights
 
 from fastidmm import checkpoint, optim, scoring, stages
 from fastidmm import train as training
-from fastidmm.assemble import Cadence, assemble, split_rows, training_rows
+from fastidmm.assemble import assemble, training_rows
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import Score
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.record import Record
-from fastidmm.store import folder_of, open_store
 
 GOLDEN = Path(__file__).parent / "golden"
-RUN = Path("runs/run")
-FIRST = {"run.resolution": 16, "run.epochs": 7, "run.batch_size": 8}
-HIGH = {"run.resolution": 32, "run.epochs": 7, "run.batch_size": 8}
-
-
-def recipe(**changes: Any) -> Recipe:
-    """Pretraining of 21 steps, 7 epochs of 8, 8 and 4 images, and stages at 16 px and above."""
-    run = {
-        "dataset": "toy", "backbone": "vit_micro", "epochs": 7, "batch_size": 8, "resolution": 16,
-        "checkpoint_every": 1, **changes,
-    }  # fmt: skip
-    finetune = {"resolution": 16, "epochs": 7, "batch_size": 8}
-    return Recipe.of({"run": run, "backbone": {"drop_path": 0.3}, "finetune": finetune})
 
 
 @pytest.fixture
@@ -37,15 +24,6 @@ def run(toy: str) -> Path:
     """A pretrained run."""
     stages.pretrain(recipe(epochs=2), "run")
     return RUN
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in Record(folder).metrics()]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    (tensors,), _ = checkpoint.load(path, checkpoint.MODEL)
-    return tensors
 
 
 # --- what a stage starts from -------------------------------------------------------------------
@@ -152,6 +130,42 @@ def test_official_keeps_its_quirks_in_every_stage(toy: str) -> None:
     assert first.method.model_dump()["smoothing"] == 0.1  # pretraining alone had none
 
 
+def test_a_higher_resolution_by_set_is_a_higher_resolution(run: Path) -> None:
+    """And a run whose recipe has no such stage takes the usual number of epochs, unless told."""
+    stages.finetune(run, {**FIRST, "run.epochs": 1}, [])
+    text = (run / "recipe.toml").read_text()
+    at = text.index("[finetune_high]")
+    (run / "recipe.toml").write_text(text[:at] + text[at:].replace("epochs = 100", "epochs = 0", 1))
+    tables = stages.high_tables(Record(run / "finetune-16"))
+    assert tables["run"]["epochs"] == 100
+    words = ["run.resolution=32", "run.epochs=1", "run.batch_size=8"]
+    stages.finetune(run, {}, words)
+    assert Record(run / "finetune-32").recipe.run.init_head
+    with pytest.raises(UsageError, match="trained with vit_micro, not deit_tiny"):
+        stages.finetune(run, {}, ["run.backbone=deit_tiny"], pretrained=False)
+
+
+def test_a_stage_outlives_the_one_it_went_on_from(run: Path) -> None:
+    for settings in (FIRST, HIGH):
+        stages.finetune(run, {**settings, "run.epochs": 1}, [])
+    shutil.rmtree(run / "finetune-16")
+    assert "finetuned_32" in scoring.evaluate(run)["scores"]["pretrained"]
+
+
+def test_a_start_that_is_not_there_leaves_nothing_behind(toy: str) -> None:
+    with pytest.raises(UsageError, match="which is not there"):
+        stages.pretrain(recipe(init="../checkpoints/step_000000007"), "run")
+    assert not RUN.exists()
+
+
+def test_a_high_stage_must_be_higher(toy: str) -> None:
+    tables: dict[str, Any] = {"run": {"dataset": "toy"}, "finetune_high": {"resolution": 224}}
+    with pytest.raises(UsageError, match="not above the first's, 224"):
+        Recipe.of(tables)
+    tables["finetune_high"]["epochs"] = 0
+    assert Recipe.of(tables).finetune_high.resolution == 224
+
+
 # --- the same bits ------------------------------------------------------------------------------
 
 STAGES = {  # by folder: settings, whether from pretrained weights, what must be there before
@@ -159,10 +173,6 @@ STAGES = {  # by folder: settings, whether from pretrained weights, what must be
     "scratch-16": (FIRST, False, []),
     "finetune-32": (HIGH, True, ["finetune-16"]),
 }
-
-
-class Killed(Exception):
-    """Stands for a kill: nothing of ours may catch it."""
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -202,148 +212,3 @@ def test_twenty_golden_losses_of_every_stage(toy: str) -> None:
             path.write_text("".join(f"{loss:.6f}\n" for loss in found))
         golden = [float(line) for line in path.read_text().split()]
         assert len(golden) == 20 and found == pytest.approx(golden, rel=1e-4), name
-
-
-# --- images held out, and looks at the test images ----------------------------------------------
-
-
-def test_held_out_rows_are_stratified_and_never_learnt(toy: str) -> None:
-    store = open_store(folder_of("toy"), "train")
-    learnt, held = split_rows(recipe(holdout=0.2), store)
-    assert sorted([*learnt.tolist(), *held.tolist()]) == list(range(20))
-    assert store.label[held].bincount().tolist() == [2, 2]
-    other = split_rows(recipe(holdout=0.2, seed=1), store)[1]
-    assert held.tolist() != other.tolist()
-    both = split_rows(recipe(holdout=0.2, num_images=6), store)
-    assert torch.equal(both[1], held) and not set(both[0].tolist()) & set(held.tolist())
-    assert len(both[0]) == 6
-    stages.pretrain(recipe(holdout=0.2, epochs=1), "run")
-    assert Record(RUN).environment()["num_train"] == 16
-
-
-@pytest.mark.parametrize("share", [0.01, 0.95])
-def test_shares_that_leave_nothing_are_refused(toy: str, share: float) -> None:
-    with pytest.raises(UsageError, match="--holdout 0"):
-        stages.pretrain(recipe(holdout=share), "run")
-    assert not RUN.exists()
-
-
-def test_with_images_held_out_the_test_split_is_not_read(toy: str) -> None:
-    """It is not even there; choosing goes by the images held out."""
-    (folder_of("toy") / "test.safetensors").unlink()
-    stages.pretrain(recipe(holdout=0.2, epochs=1, score_every=2), "run")
-    found = stages.finetune(RUN, FIRST, [])
-    lines = Record(RUN / "finetune-16").metrics()
-    scored = [line for line in lines if "holdout_top1" in line]
-    assert [line["epoch"] for line in scored] == [2, 4, 6, 7]
-    assert {line["holdout_num"] for line in scored} == {4}
-    assert not any("test_top1" in line for line in lines)
-    best = max(line["holdout_top1"] for line in scored)
-    first = next(line for line in scored if line["holdout_top1"] == best)
-    assert found["best_holdout_top1"] == {
-        "value": best, "epoch": first["epoch"], "of": 4, "selected_on": "holdout",
-    }  # fmt: skip
-    assert checkpoint.step_of(Record(RUN / "finetune-16").result) == first["step"]
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> None:
-    """Scores of a classifier as written down, by epoch."""
-    monkeypatch.setattr(
-        training,
-        "classified",
-        lambda parts, store: Score(correct[parts.state.step // 3 - 1], len(store)),
-    )
-
-
-def test_patience_ends_a_stage_and_the_best_counts(
-    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Best in epoch 2, equalled but not beaten in the two that patience allows."""
-    stages.pretrain(recipe(epochs=2), "run")
-    scripted(monkeypatch, [1, 3, 2, 3, 4, 4, 4])
-    judged = {**FIRST, "run.holdout": 0.2, "run.patience": 2, "run.score_every": 1}
-    found = stages.finetune(RUN, {**judged, "run.batch_size": 6}, [])
-    stage = Record(RUN / "finetune-16")
-    assert stage.finished and found["steps"] == 12 and stage.total_steps == 21
-    assert "no better score on held-out images since epoch 2." in capsys.readouterr().err
-    assert found["best_holdout_top1"]["epoch"] == 2
-    assert checkpoint.step_of(stage.result) == 6
-    kept = weights(stage.result)
-    assert any(
-        not torch.equal(t, kept[n])
-        for n, t in weights(stage.checkpoints / "step_000000012").items()
-    )
-    capsys.readouterr()
-    stages.resume(RUN)
-    assert "finetune-16 is finished: 12 steps of 21" in capsys.readouterr().err
-    scored = scoring.evaluate(RUN)["scores"]["pretrained"]["finetuned_16"]
-    assert scored["step"] == 6 and scored["chosen"] == "best on held-out images"
-    high = stages.finetune(RUN, {**HIGH, "run.epochs": 1, "run.score_every": 1}, [])
-    assert Record(Path(high["run"])).recipe.run.init == "../finetune-16/best/step_000000006"
-
-
-def test_patience_survives_a_kill(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages.pretrain(recipe(epochs=2), "run")
-    scripted(monkeypatch, [1, 3, 2, 3, 4, 4, 4])
-    judged = {**FIRST, "run.holdout": 0.2, "run.patience": 2, "run.score_every": 1}
-    judged["run.batch_size"] = 6
-    calls, update = iter(range(1000)), optim.update
-
-    def dying(*args: Any) -> Any:
-        if next(calls) == 10:
-            raise Killed
-        return update(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "update", dying)
-        stages.finetune(RUN, judged, [])
-    stages.resume(RUN)
-    stage = Record(RUN / "finetune-16")
-    assert stage.steps == 12 and checkpoint.step_of(stage.result) == 6
-
-
-def test_patience_needs_images_to_judge_by(toy: str) -> None:
-    with pytest.raises(UsageError, match=r"run\.patience needs images to judge by"):
-        recipe(patience=3)
-
-
-def test_looks_at_the_test_images_are_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second epoch of seven and the last; the last counts, the best stands beside it."""
-    scripted(monkeypatch, [8, 3, 8, 5, 8, 4, 2])
-    found = stages.finetune(run, {**FIRST, "run.score_every": 2}, [])
-    lines = Record(run / "finetune-16").metrics()
-    scored = {line["epoch"]: line["test_top1"] for line in lines if "test_top1" in line}
-    assert scored == {2: 3 / 8, 4: 5 / 8, 6: 4 / 8, 7: 2 / 8}
-    best = {"value": 5 / 8, "epoch": 4, "of": 4, "selected_on": "test"}
-    assert found["test_top1"]["correct"] == 2 and found["best_test_top1"] == best
-    assert scoring.looks(run) == {"finetune": 4, "evaluate": 0}
-    for number in (1, 2):
-        evaluated = scoring.evaluate(run)
-        assert scoring.looks(run) == {"finetune": 4, "evaluate": number}
-    cell = evaluated["scores"]["pretrained"]["finetuned_16"]
-    assert cell["best"] == best and cell["chosen"] == "last epoch" and cell["num"] == 8
-    rows = scoring.evaluation_text(evaluated).splitlines()
-    assert [row for row in rows if "62.5 % (epoch 4)" in row and "selected on test" in row]
-
-
-def test_the_text_names_hard_classes_and_mistakes() -> None:
-    measure = {
-        "correct": 5, "num": 9, "top5": {"correct": 8, "num": 9},
-        "per_class": [[3, 3], [0, 2], [2, 4]], "confusion": [[2, 1, 2], [1, 0, 1], [1, 2, 1]],
-    }  # fmt: skip
-    found = {
-        "num_test": 9, "class_names": ["ant", "bee", "cat"],
-        "scores": {"pretrained": {"knn": measure}, "random": {}},
-    }  # fmt: skip
-    rows = scoring.evaluation_text(found).splitlines()
-    assert rows[1].split() == ["knn", "55.6", "%", "[26.7,", "81.1]", "not", "run"]
-    assert rows[2].split()[:3] == ["top-5", "88.9", "%"]
-    assert rows[-2:] == [
-        "  hardest: bee 0/2, cat 2/4",
-        "  confused: cat taken for bee (2), bee taken for ant (1), bee taken for cat (1)",
-    ]
-
-
-def test_scores_are_due_by_the_epoch(run: Path) -> None:
-    stages.finetune(run, {**FIRST, "run.epochs": 1}, [])
-    assert Cadence.of(assemble(Record(run / "finetune-16"))).score == 20 * 3

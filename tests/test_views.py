@@ -181,5 +181,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_renderer() -> None:
         (replace(ALL, mix="none"), True),
         (replace(ALL, mix="mixup"), False),
         (replace(ALL, randaugment=2), False),
+        (replace(ALL, sigma=(0.1, 2.1)), False),
+        (replace(ALL, sigma=(0.1, 2.1), blur=0.0), True),
     ):
-        assert kernel.fusible(plan_of(store, group)) == known
+        assert kernel.fusible(plan_of(store, group), group) == known

@@ -72,6 +72,16 @@ def build_encoder(
 
     make_torchvision_importable()
     entry = backbone(name)
+    check_resolution(name, resolution)
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's alone: torch.manual_seed would also reseed every GPU, and leave it so.
+        torch.default_generator.manual_seed(counters.seed)
+        return Encoder(entry.build(resolution, options.drop_path), counters)
+
+
+def check_resolution(name: str, resolution: int) -> None:
+    """Refuse a resolution (px) that a backbone cannot work at, with one that it can."""
+    entry = backbone(name)
     step = entry.multiple_of
     if resolution < entry.smallest or resolution % step:
         rule = f"a multiple of {step} px" if step > 1 else f"{entry.smallest} px or more"
@@ -79,10 +89,6 @@ def build_encoder(
         raise UsageError(
             f"{name} needs a resolution that is {rule}, not {resolution}: try --resolution {near}."
         )
-    with torch.random.fork_rng(devices=[]):
-        # The CPU's alone: torch.manual_seed would also reseed every GPU, and leave it so.
-        torch.default_generator.manual_seed(counters.seed)
-        return Encoder(entry.build(resolution, options.drop_path), counters)
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], *, source: str) -> str:

@@ -6,7 +6,7 @@ Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from fastidmm.batch import (
@@ -24,6 +24,12 @@ from fastidmm.batch import (
 from fastidmm.kernels.instance_loss import instance_loss
 
 
+def _blurs(sigma: Range) -> Range:
+    if not 0 < sigma[0] <= sigma[1]:
+        raise ValueError("a blur needs 0 < low <= high")
+    return sigma
+
+
 class IDMMOptions(Options):
     """The paper's settings; `official` as a recipe has those of the published code."""
 
@@ -37,7 +43,7 @@ class IDMMOptions(Options):
     # The published runs mix within each of 4 GPUs; here it is the recipe's own number.
     cutmix_groups: Annotated[int, Field(ge=1)] = 4
     # Of blur, in px of the crop: the paper's, at its 112 px.
-    sigma: Range = (0.1, 2.0)
+    sigma: Annotated[Range, AfterValidator(_blurs)] = (0.1, 2.0)
     std: tuple[float, float, float] = IMAGENET_STD
 
 

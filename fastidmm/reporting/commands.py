@@ -74,7 +74,7 @@ def missing(
     run: Stage, tuned: Sequence[Stage], scores: dict[str, Any] | None, *, scorable: bool
 ) -> list[tuple[str, str]]:
     """What a run lacks, each with the command that brings it."""
-    name, steps = _argument(run.record.folder), []
+    name, steps = argument(run.record.folder), []
     for stage in (run, *tuned):
         if not stage.finished:
             whole = (
@@ -92,11 +92,25 @@ def missing(
         if not any(stage.arm == arm for stage in tuned):
             words = ["fastidmm finetune --run", name, *like, *scratch]
             steps.append((f"not fine-tuned from {start}", " ".join(words)))
+    steps += _missing_high(run, first, tuned)
     if scores is None:
         steps.append(("not scored on the test images", f"fastidmm evaluate --run {name}"))
     elif any(stage.score_name not in scores[stage.arm] for stage in tuned):
         steps.append(("fine-tuned since it was scored", f"fastidmm evaluate --run {name}"))
     return steps
+
+
+def _missing_high(
+    run: Stage, first: Sequence[Stage], tuned: Sequence[Stage]
+) -> list[tuple[str, str]]:
+    """The stage at a higher resolution, where the recipe has one and nothing else is in its way."""
+    high = run.record.recipe.finetune_high
+    begun = any(stage.arm == "pretrained" and stage not in first for stage in tuned)
+    ready = any(stage.arm == "pretrained" and stage.finished for stage in first)
+    if begun or not ready or not high.epochs:
+        return []
+    command = f"fastidmm finetune --run {argument(run.record.folder)} --resolution "
+    return [(f"not fine-tuned at {high.resolution} px", f"{command}{high.resolution}")]
 
 
 def again(run: Stage, tuned: Sequence[Stage], *, evaluated: bool) -> list[str]:
@@ -114,7 +128,7 @@ def again(run: Stage, tuned: Sequence[Stage], *, evaluated: bool) -> list[str]:
     return [*commands, f"fastidmm report --run {name}"]
 
 
-def _argument(folder: Path) -> str:
+def argument(folder: Path) -> str:
     """A run as the command line takes it."""
     return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
 

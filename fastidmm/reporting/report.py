@@ -16,7 +16,7 @@ from fastidmm.assemble import training_rows
 from fastidmm.errors import DataError, FastidmmError, UsageError
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.reporting.claims import measures, percent, verdict
-from fastidmm.reporting.commands import Stage, again, missing
+from fastidmm.reporting.commands import Stage, again, argument, missing
 from fastidmm.reporting.curves import Series, chart
 from fastidmm.reporting.pictures import Shown, shown
 from fastidmm.scoring import EVALUATION, looks
@@ -50,6 +50,15 @@ def write(run: Path) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     return final
+
+
+def remaining(run: Path) -> list[str]:
+    """The commands that bring what a run lacks, in their order; its report is the last."""
+    stage = Stage(Record(run))
+    tuned = [Stage(Record(folder)) for folder in stages(run)]
+    evaluation, scorable = _evaluation(run), _data(stage).scorable
+    steps = missing(stage, tuned, evaluation["scores"] if evaluation else None, scorable=scorable)
+    return [*(command for _, command in steps), f"fastidmm report --run {argument(run)}"]
 
 
 def _template() -> Template:
