@@ -49,7 +49,12 @@ def write_whole(path: Path, text: str) -> None:
 def put_in_place(aside: Path, path: Path) -> None:
     """Rename, and see the folder's list of names onto the disk."""
     os.replace(aside, path)
-    handle = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """See a folder's list of names onto the disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastidmm.errors import UsageError
+from fastidmm.preparing.files import sync
 
 
 class Making:
@@ -74,12 +75,3 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """See a folder's list of names onto the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
