@@ -49,7 +49,6 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def recipe_settings(**flags: Any) -> dict[str, Any]:
@@ -322,13 +321,7 @@ def main() -> None:
             raise
         _stop("the GPU's memory is full: lower --resolution, or prepare with --max-side.", 5)
     except OSError as problem:
-        if problem.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-        ):
+        if problem.errno not in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         full = problem.errno in FULL
         remedy = "free some space" if full else "check its permissions"

@@ -154,13 +154,6 @@ class _Metered(io.RawIOBase):
         return self.position
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file begins as a zip, a compressed tar or a plain one does."""
-    with path.open("rb") as file:
-        start = file.read(512)
-    return start.startswith((*COMPRESSED, *ZIPS)) or start[257:262] == b"ustar"
-
-
 def unpack(archives: Mapping[Path, str], into: Path, limits: Limits | None = None) -> Path:
     """Unpack archives, given with their SHA-256, into the folder `into`, unless that was done.
 
