@@ -11,6 +11,7 @@ from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
+from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.optim import Schedule, adamw, lr_schedule
 from fastidmm.progress import say
@@ -97,16 +98,17 @@ def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
 def judging_rows(recipe: Recipe, store: Store) -> Store | None:
     """Images to score a classifier on while it learns: held-out ones, else the test split.
 
-    On the device of `store`, the training rows, whose pixels the held-out ones share.
+    Where the device of `store`, the training rows, reads them; held-out ones share its pixels.
     """
-    run, device = recipe.run, store.pixels.device
+    run = recipe.run
     if not find("method", run.method).needs_labels:
         return None
     if run.holdout:
         whole = open_store(folder_of(run.dataset), "train")
-        return replace(whole.select(split_rows(recipe, whole)[1]), pixels=store.pixels).to(device)
+        held = whole.select(split_rows(recipe, whole)[1]).tables_to(store.device)
+        return replace(held, pixels=store.pixels)
     if has_split(run.dataset, "test"):
-        return open_store(folder_of(run.dataset), "test").to(device)
+        return within_reach(open_store(folder_of(run.dataset), "test"), store.device)
     return None
 
 
@@ -147,7 +149,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     recipe, run = record.recipe, record.recipe.run
     device = set_up(run.device, exact=run.exact)
     dtype = dtype_of(run.precision, device)
-    store = (training_rows(recipe) if split is None else split).to(device)
+    store = training_rows(recipe) if split is None else split
     if store.fingerprint != record.environment()["train_fingerprint"]:
         raise DataError(
             f"{run.dataset!r} was prepared anew since {record.folder} began; start a new run."
@@ -158,8 +160,15 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
         say(initialise(method, record.folder, recipe))
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader: Loader = find("loader", run.loader)(
-        store, method, counters, batch_size=run.batch_size, dtype=dtype
+        store,
+        method,
+        counters,
+        batch_size=run.batch_size,
+        dtype=dtype,
+        device=device,
+        options=recipe.loader,
     )
+    store = loader.store.tables_to(device)  # pixels where the loader wants them
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
     judge = judging_rows(recipe, store) if split is None else None

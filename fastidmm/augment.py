@@ -29,9 +29,7 @@ GPU_CHUNK_BYTES = 2**30
 def render(store: Store, plan: GroupPlan, group: ViewGroup) -> Tensor:
     """Every crop of a group, finished, normalised and mixed: (C, 3, S, S) float32."""
     crops = plan.crops
-    pixels = torch.empty(
-        (crops.rows.numel(), 3, crops.size, crops.size), device=store.pixels.device
-    )
+    pixels = torch.empty((crops.rows.numel(), 3, crops.size, crops.size), device=store.device)
     for part in _chunks(store, crops):
         pixels[part] = finished(_resized(store, crops, part), plan, group, part)
     return MIXES[plan.mix](pixels, plan)

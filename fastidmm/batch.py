@@ -4,13 +4,16 @@ Letters in shapes: B images of a batch, C crops of a group, S side of a crop in 
 the store, D features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastidmm.store import Store
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -113,10 +116,14 @@ class Loss:
 class Loader(Protocol):
     """Delivers batches on the device, the plan's rows and views, whatever decodes them."""
 
+    store: "Store"  # its pixels where the loader reads them
     steps_per_epoch: int
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end; a restart gives the same ones."""
+    def batches(self, start_step: int) -> Generator[Batch]:
+        """Batches from `start_step` on, without end; a restart gives the same ones.
+
+        Closing the generator ends every thread and process behind it.
+        """
         ...
 
 

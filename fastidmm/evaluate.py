@@ -74,24 +74,32 @@ def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dty
 
     The shorter side is resized to 256/224 of the resolution first, as the paper evaluates.
     """
-    device = store.pixels.device
-    rows = torch.arange(len(store), device=device)
+    device = store.device
     parts = []
     with evaluating(model):
-        for some in rows.split(CROPS_AT_ONCE):
+        for some, rows in _a_few_at_once(store):
             crops = central_crops(
-                some,
-                store.height[some],
-                store.width[some],
+                rows,
+                some.height[rows],
+                some.width[rows],
                 size=resolution,
                 resize=round(resolution * 256 / 224),
             )
-            images = plain_views(store, crops, PLAIN)
+            images = plain_views(some, crops, PLAIN)
             # Around the model only: a resize in bfloat16 would be off by 2/255.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = model(images.contiguous(memory_format=torch.channels_last))
             parts.append(found.float())
     return torch.cat(parts)
+
+
+def _a_few_at_once(store: Store) -> Iterator[tuple[Store, Tensor]]:
+    """The store's rows in parts, each with a store that the device can read them from."""
+    for rows in torch.arange(len(store), device=store.device).split(CROPS_AT_ONCE):
+        if store.readable:
+            yield store, rows
+        else:
+            yield store.gathered(rows), rows - rows[0]
 
 
 def knn(

@@ -1,6 +1,7 @@
 """What the machine offers: cores, devices, number types."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,16 @@ def set_up(device_name: str, *, exact: bool) -> torch.device:
     torch.use_deterministic_algorithms(exact)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
     return device
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def name_of(device: torch.device) -> str:

@@ -30,7 +30,7 @@ class RunOptions(Options):
     dataset: str
     method: str = "idmm"
     backbone: str = "deit_tiny"
-    loader: str = "resident"
+    loader: str = "auto"  # chosen by size, hardware and what is installed when a run begins
     epochs: Count = 800
     batch_size: Count = 256
     resolution: Count = 112
@@ -77,6 +77,7 @@ class Recipe(BaseModel):
     optim: OptimOptions
     backbone: BackboneOptions
     method: SerializeAsAny[Options]
+    loader: SerializeAsAny[Options]
     finetune: FinetuneOptions
     finetune_high: FinetuneHighOptions
     supervised: SerializeAsAny[Options]  # the table [method] of fine-tuning stages
@@ -90,7 +91,9 @@ class Recipe(BaseModel):
                 raise UsageError(f"unknown table [{name}] in the recipe: {_near(name, known)}")
         run = _checked("run", RunOptions, tables)
         entry, method = backbone(run.backbone), find("method", run.method)
-        find("loader", run.loader)
+        loader = Options if run.loader == "auto" else find("loader", run.loader).Options
+        if run.loader == "auto" and tables.get("loader"):
+            raise UsageError("[loader] holds settings of one loader: name it, too, by --loader.")
         optim = _checked("optim", OptimOptions, tables)
         if optim.warmup_epochs is not None and optim.warmup_epochs > run.epochs:
             raise UsageError(
@@ -124,6 +127,7 @@ class Recipe(BaseModel):
             optim=optim.model_copy(update=settled),
             backbone=_checked("backbone", BackboneOptions, tables),
             method=_checked("method", method.Options, tables),
+            loader=_checked("loader", loader, tables),
             finetune=finetune,
             finetune_high=high.model_copy(update=twice),
             supervised=_checked("supervised", find("method", "supervised").Options, tables),

@@ -12,6 +12,7 @@ from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
+from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
@@ -28,7 +29,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     recipe = record.recipe
     store, test = scored_splits(recipe)
     device = set_up(recipe.run.device, exact=recipe.run.exact)
-    store, test = store.to(device), test.to(device)
+    store, test = within_reach(store, device), within_reach(test, device)
     scores: dict[str, Any] = {
         "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
         "random": frozen_scores(recipe, None, store, test),
@@ -81,7 +82,7 @@ def frozen_scores(
     recipe: Recipe, weights: dict[str, Tensor] | None, store: Store, test: Store
 ) -> dict[str, Any]:
     """kNN and linear probe on the features of a backbone that is not trained further."""
-    run, device = recipe.run, store.pixels.device
+    run, device = recipe.run, store.device
     encoder = build_encoder(
         run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
     )
@@ -99,7 +100,7 @@ def frozen_scores(
 
 def stage_scores(stage: Record, test: Store) -> dict[str, Any]:
     """The classifier of a fine-tuned stage on the test split, by the checkpoint that counts."""
-    recipe, run, device = stage.recipe, stage.recipe.run, test.pixels.device
+    recipe, run, device = stage.recipe, stage.recipe.run, test.device
     (tensors,), _ = checkpoint.load(stage.result, checkpoint.MODEL)
     method = build_method(recipe, training_rows(recipe), Counters(run.seed))
     method.load_state_dict(tensors)

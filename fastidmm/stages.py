@@ -6,16 +6,17 @@ from typing import Any
 
 from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
-from fastidmm.batch import Method, Options
+from fastidmm.batch import Options
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score
+from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
-from fastidmm.progress import SHOWN
+from fastidmm.progress import SHOWN, say
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
+from fastidmm.registry import find
 from fastidmm.scoring import best
-from fastidmm.store import Store
 from fastidmm.train import train
 
 # What a stage takes over from the run, or the stage, that it starts from.
@@ -29,17 +30,21 @@ def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """Pretrain a recipe in a new run folder; what came out."""
     stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
     folder = run_folder(run) if run else free_folder(run_folder(stem[:60]))
+    return _trained(folder, recipe)
+
+
+def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train a recipe in a new folder; what came out. What cannot be done is said before."""
     store = training_rows(recipe)
-    initialise(tried(recipe, store), folder, recipe)
+    recipe, why = settled(recipe, store, device_of(recipe.run.device))
+    if why:
+        say(why)
+    find("loader", recipe.run.loader).check(store)
+    method = build_method(recipe, store, Counters(recipe.run.seed))
+    initialise(method, folder, recipe)
     record = Record.create(folder, recipe, store)
     train(record)
     return summary(record)
-
-
-def tried(recipe: Recipe, store: Store) -> Method:
-    """The recipe's method, built to see that it can be, before anything is written."""
-    device_of(recipe.run.device)
-    return build_method(recipe, store, Counters(recipe.run.seed))
 
 
 def finetune(
@@ -68,15 +73,14 @@ def finetune(
         raise UsageError(f"run.resolution = {resolution!r}: give pixels, such as 448.")
     start = stage_below(parent, resolution, pretrained=pretrained)
     tables = high_tables(start) if start else finetune_tables(parent, pretrained=pretrained)
+    if asked.get("loader", parent.recipe.run.loader) != parent.recipe.run.loader:
+        del tables["loader"]  # settings of another
     recipe = Recipe.of(with_settings(tables, settings, assignments))
     if start:
         _same_images(start, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
     folder = free_folder(run / name)
-    initialise(tried(recipe, training_rows(recipe)), folder, recipe)
-    record = Record.create(folder, recipe, training_rows(recipe))
-    train(record)
-    return summary(record)
+    return _trained(folder, recipe)
 
 
 def _same_images(start: Record, recipe: Recipe) -> None:
@@ -133,6 +137,7 @@ def _stage_tables(
         "optim": {**optim, "lr": lr},
         "backbone": old.backbone.model_dump(),
         "method": method.model_dump(),
+        "loader": old.loader.model_dump(),
     }
 
 

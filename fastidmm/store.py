@@ -14,8 +14,9 @@ files, `train-00000.safetensors` and so on, each complete in itself.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from fastidmm.places import prepared as prepared
 from fastidmm.places import read_json as read_json
 from fastidmm.places import split_files
 
+TABLES = ("offset", "height", "width", "label", "row")  # tensors of one entry per image
+
 
 @dataclass(frozen=True, slots=True)
 class Store:
@@ -46,18 +49,36 @@ class Store:
     label: Tensor  # (N,) int64, -1 where unknown
     class_names: tuple[str, ...]
     fingerprint: str  # SHA-256 over every pixel, size and label of the whole split
-    max_height: int = field(init=False)  # known to the host, so that a GPU need not be asked
-    max_width: int = field(init=False)
-    labelled: bool = field(init=False)
+    folder: Path | None = None  # where it was opened, as what split
+    split: str = "train"
+    row: Tensor | None = None  # (N,) int64: each row's place in the whole split; None: the same
+    # Known to the host, so that a GPU need not be asked; -1: not yet.
+    max_height: int = -1
+    max_width: int = -1
 
     def __post_init__(self) -> None:
-        sizes = (self.height, self.width) if len(self) else (torch.zeros(1), torch.zeros(1))
-        object.__setattr__(self, "max_height", int(sizes[0].max()))
-        object.__setattr__(self, "max_width", int(sizes[1].max()))
-        object.__setattr__(self, "labelled", bool((self.label >= 0).all()))
+        for name in ("height", "width"):
+            if getattr(self, f"max_{name}") < 0:
+                found = int(getattr(self, name).max()) if len(self) else 0
+                object.__setattr__(self, f"max_{name}", found)
 
     def __len__(self) -> int:
         return self.offset.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is used: of its tables; pixels may lie in pinned host memory all the same."""
+        return self.offset.device
+
+    @property
+    def readable(self) -> bool:
+        """Whether kernels on its device can read the pixels where they lie."""
+        return self.pixels.device == self.device or self.pixels.is_pinned()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a class."""
+        return bool((self.label >= 0).all())
 
     @property
     def num_classes(self) -> int:
@@ -71,13 +92,27 @@ class Store:
 
     def to(self, device: torch.device) -> "Store":
         """The same split with its pixels on another device."""
-        tensors = ("pixels", "offset", "height", "width", "label")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self.tables_to(device), pixels=self.pixels.to(device))
+
+    def tables_to(self, device: torch.device) -> "Store":
+        """The same split used from another device, its pixels where they are."""
+        tables: dict[str, Any] = {name: getattr(self, name) for name in TABLES}
+        there = {name: table.to(device) for name, table in tables.items() if table is not None}
+        return replace(self, **there)
 
     def select(self, rows: Tensor) -> "Store":
         """The split cut down to `rows` (int64), in that order; pixels are shared, not copied."""
-        chosen = {n: getattr(self, n)[rows] for n in ("offset", "height", "width", "label")}
-        return replace(self, **chosen)
+        row = torch.arange(len(self), device=rows.device) if self.row is None else self.row
+        chosen = {n: getattr(self, n)[rows] for n in TABLES if n != "row"}
+        return replace(self, **chosen, row=row[rows], max_height=-1, max_width=-1)
+
+    def gathered(self, rows: Tensor) -> "Store":
+        """`rows` (int64), copied from the host's pixels into a small store on the same device."""
+        part = self.select(rows).tables_to(self.pixels.device)
+        pixels = [part.image(row).flatten() for row in range(len(part))]
+        sizes = torch.tensor([len(image) for image in pixels], dtype=torch.int64)
+        copied = replace(part, pixels=torch.cat(pixels), offset=sizes.cumsum(0) - sizes)
+        return copied.to(self.device)
 
 
 def open_store(folder: Path, split: str) -> Store:
@@ -104,7 +139,7 @@ def open_shards(folder: Path, split: str) -> list[Store]:
     for file in split_files(split, told):
         path = folder / file
         try:
-            tensors = load_file(path)
+            tensors: dict[str, Any] = load_file(path)
         except (OSError, SafetensorError) as problem:
             raise DataError(
                 f"{path} cannot be read ({problem}); prepare the dataset again."
@@ -114,6 +149,8 @@ def open_shards(folder: Path, split: str) -> list[Store]:
                 **tensors,
                 class_names=tuple(described["class_names"]),
                 fingerprint=told["fingerprint"],
+                folder=folder,
+                split=split,
             )
         )
     return shards
@@ -138,6 +175,8 @@ def _joined(shards: list[Store], folder: Path, split: str) -> Store:
         offset=torch.cat(offsets),
         height=torch.cat([shard.height for shard in shards]),
         width=torch.cat([shard.width for shard in shards]),
+        max_height=-1,
+        max_width=-1,
         label=torch.cat([shard.label for shard in shards]),
     )
 

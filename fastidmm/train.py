@@ -1,5 +1,7 @@
 """The loop: batch, loss, update, record; from step 0 or from a checkpoint to the same bits."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ def train(record: Record) -> None:
                 say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
             if len(parts.store) < run.batch_size:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
-            while not run_attempt(parts, stop):
+            while not attempted(parts, stop):
                 roll_back(parts)
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
@@ -44,10 +46,16 @@ def train(record: Record) -> None:
         ) from None
 
 
-def run_attempt(parts: Parts, stop: Stop) -> bool:
+def attempted(parts: Parts, stop: Stop) -> bool:
+    """Whether the run was brought to its end; false: it must roll back."""
+    with closing(parts.loader.batches(parts.state.step)) as batches:
+        return steps(parts, stop, batches)
+
+
+def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
     """Steps until the run is done (true) or must roll back (false)."""
     state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
-    device = parts.store.pixels.device
+    device = parts.store.device
     every = Cadence.of(parts)
     clock = Clock()
     skipped_since = torch.full((), state.skipped, device=device)
@@ -57,7 +65,6 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
         record.folder.name, epochs=run.epochs, steps=record.total_steps, done=state.step
     )
     method.train()
-    batches = parts.loader.batches(state.step)
     total = record.total_steps
     while state.step < total and not state.ended:
         batch = clock.wait_for(batches)
@@ -102,7 +109,7 @@ def run_attempt(parts: Parts, stop: Stop) -> bool:
 
 def backward(parts: Parts, batch: Batch) -> Loss:
     """Gradients of the whole batch, in as many passes as memory asks for."""
-    device = parts.store.pixels.device
+    device = parts.store.device
     while True:
         losses = []
         try:

@@ -29,6 +29,8 @@ try:
 except ImportError:  # elsewhere than on Linux
     triton = None
 
+HAS_KERNELS = triton is not None
+
 ROWS = 16  # output rows of a program: the least that a matrix product takes
 COLUMNS = 128  # output columns of a program, at most
 SOURCE_ROWS, SOURCE_COLUMNS = 32, 64  # of a source tile
@@ -38,18 +40,24 @@ PIXELS = 1024  # of a step of `means`
 
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
-    if triton is None or not store.pixels.is_cuda:
+    if triton is None or store.device.type != "cuda":
         return reference(store, plan, group, dtype)
-    return (
-        fused(store, plan, group, dtype)
-        if fusible(plan, group)
-        else partly(store, plan, group, dtype)
-    )
+    return fused(store, plan, group, dtype)
+
+
+def finish(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """All but the resize, for crops that were resized elsewhere; they may be overwritten.
+
+    resized (C, S, S, 3) in [0, 1], floating; returns as `views`.
+    """
+    if triton is None or not resized.is_cuda:
+        return finish_reference(resized, plan, group, dtype)
+    return finish_fused(resized, plan, group, dtype)
 
 
 def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
     """Crops without chance, normalised, as evaluation sees them: (C, 3, S, S) float32."""
-    if triton is None or not store.pixels.is_cuda:
+    if triton is None or store.device.type != "cuda":
         return augment.render_plain(store, crops, group)
     return colour.normalise(resize(store, crops, torch.float32).permute(0, 3, 1, 2), group)
 
@@ -58,6 +66,14 @@ def reference(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtyp
     """The definition: the plain renderer's views, in the type and layout asked for."""
     pixels = augment.render(store, plan, group)
     return pixels.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def finish_reference(
+    resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype
+) -> Tensor:
+    """The definition of `finish`: the plain renderer's own functions."""
+    pixels = augment.finished(resized.permute(0, 3, 1, 2).float(), plan, group)
+    return augment.MIXES[plan.mix](pixels, plan).to(dtype, memory_format=torch.channels_last)
 
 
 def fusible(plan: GroupPlan, group: ViewGroup) -> bool:
@@ -71,21 +87,20 @@ def _radius(group: ViewGroup) -> int:
     return math.ceil(4 * group.sigma[1])
 
 
-def partly(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
-    """The same views with the resize alone fused."""
-    resized = resize(store, plan.crops, torch.float32).permute(0, 3, 1, 2)
-    pixels = augment.MIXES[plan.mix](augment.finished(resized, plan, group), plan)
-    return pixels.to(dtype=dtype, memory_format=torch.channels_last)
-
-
 def fused(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
-    """The same views by three kernels, without waiting for the device."""
-    crops = plan.crops
-    num, size = crops.rows.numel(), crops.size
-    device = store.pixels.device
+    """The same views by kernels, without waiting for the device."""
     # Half precision keeps 11 bits of values in [0, 1]: finer than the 8 they come from.
-    between = torch.float32 if dtype == torch.float32 else torch.float16
-    resized = resize(store, crops, between)
+    half = fusible(plan, group) and dtype != torch.float32
+    resized = resize(store, plan.crops, torch.float16 if half else torch.float32)
+    return finish_fused(resized, plan, group, dtype)
+
+
+def finish_fused(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
+    """The same by two kernels, or by the plain renderer's functions where they do not know all."""
+    if not fusible(plan, group):
+        return finish_reference(resized, plan, group, dtype)
+    num, size = resized.shape[:2]
+    device = resized.device
     found = torch.empty(num, size, size, 3, dtype=dtype, device=device)
     if not num:
         return found.permute(0, 3, 1, 2)
@@ -128,7 +143,7 @@ def _blocks(size: int, radius: int) -> tuple[int, int]:
 def resize(store: Store, crops: Crops, dtype: torch.dtype) -> Tensor:
     """Crops cut out and resized, antialiased, in [0, 1]: (C, S, S, 3)."""
     num, size = crops.rows.numel(), crops.size
-    found = torch.empty(num, size, size, 3, dtype=dtype, device=store.pixels.device)
+    found = torch.empty(num, size, size, 3, dtype=dtype, device=store.device)
     if num:
         constants = resize_constants(size)
         programs.resize[(num, triton.cdiv(size, ROWS), triton.cdiv(size, constants["COLUMNS"]))](

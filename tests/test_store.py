@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,9 +125,8 @@ def test_a_fingerprint_tells_pixels_sizes_labels_and_order_apart(tmp_path: Path)
 
 def test_selecting_rows_shares_the_pixels(tmp_path: Path) -> None:
     pack(tmp_path, [(Item("a", 0), picture(3, 5)), (Item("b", 1), picture(2, 2, 100))])
-    whole = Store(
-        **load_file(tmp_path / "train.safetensors"), class_names=("p", "q"), fingerprint=""
-    )
+    tensors: dict[str, Any] = load_file(tmp_path / "train.safetensors")
+    whole = Store(**tensors, class_names=("p", "q"), fingerprint="")
     assert len(whole) == 2 and whole.labelled and (whole.max_height, whole.max_width) == (3, 5)
     part = whole.select(torch.tensor([1]))
     assert part.image(0).flatten().tolist() == list(range(100, 112))

@@ -155,7 +155,7 @@ def test_what_is_partly_fused_is_the_renderers_too() -> None:
         tables = torch.isin(plan.operation, torch.tensor([OPERATIONS.index(n) for n in TABLES]))
         plan = replace(plan, operation=torch.where(tables, NONE, plan.operation))
         plan = replace(plan, solarize=torch.zeros_like(plan.solarize))
-        ours = kernel.partly(store, plan, group, torch.float32)
+        ours = kernel.fused(store, plan, group, torch.float32)
         compare(ours, augment.render(store, plan, group), mean=0.1, most=0.6)
 
 

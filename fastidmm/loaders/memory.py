@@ -1,0 +1,48 @@
+"""Memory for a store's pixels that a GPU reads: its own, or pinned memory of the host."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from fastidmm.errors import DataError
+from fastidmm.kernels.views import HAS_KERNELS
+from fastidmm.machine import available_memory
+from fastidmm.store import Store
+
+Tier = Literal["auto", "device", "host"]
+
+SHARE = 0.5  # of what is free now; the model, its activations and others need the rest
+
+
+def tier_of(store: Store, device: torch.device) -> Tier | None:
+    """The best memory that a store's pixels fit in; None where neither does."""
+    num_bytes = store.pixels.numel()
+    if device.type == "cpu" or num_bytes <= SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    # Only the fused kernels read the host's memory, and torch pins a power of two of bytes.
+    pinned = 1 << (num_bytes - 1).bit_length()
+    return "host" if HAS_KERNELS and pinned <= SHARE * available_memory() else None
+
+
+def place(store: Store, device: torch.device, tier: Tier = "auto") -> Store:
+    """The store for use on `device`, its pixels in the memory asked for."""
+    if device.type == "cpu":
+        return store
+    chosen = tier_of(store, device) if tier == "auto" else tier
+    if chosen is None:
+        raise DataError(
+            f"{store.pixels.numel() / 1e9:.1f} GB of pixels fit neither half of the GPU's free "
+            "memory nor half of the host's: choose --loader dali, ffcv or torch, or prepare with a "
+            "smaller --max-side."
+        )
+    if chosen == "device":
+        return store.to(device)
+    pinned = torch.empty(store.pixels.shape, dtype=torch.uint8, pin_memory=True)
+    return replace(store.tables_to(device), pixels=pinned.copy_(store.pixels))
+
+
+def within_reach(store: Store, device: torch.device) -> Store:
+    """The store for looking at whole images on `device`: in its best memory, or else mapped."""
+    chosen = tier_of(store, device)
+    return place(store, device, chosen) if chosen else store.tables_to(device)
