@@ -31,6 +31,7 @@ BACKBONES = {
 }
 LOADERS = {
     "resident": "fastidmm.loaders.resident:Resident",
+    "torch": "fastidmm.loaders.torch:Torch",
 }
 KERNELS = {
     "draws": "fastidmm.kernels.draws:draws",

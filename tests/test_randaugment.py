@@ -2,69 +2,24 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from synthetic import photograph
 from torch import Tensor
 
 from fastidmm import colour
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
+from fastidmm.loaders.pillow import randaugmented
 from fastidmm.plan import GroupPlan, draw
 from fastidmm.randaugment import LEVELS, NONE, OPERATIONS, randaugment, smooth
 
 Picture = Image.Image
 SIDES = [1, 2, 17, 48, 224]
-GRID = np.linspace(0, 1, 10)  # the published code's ten points, the first never drawn
-
-
-def transformed(matrix: tuple[float, ...], how: Image.Resampling) -> Callable[[Picture], Picture]:
-    return lambda image: image.transform(
-        image.size, Image.Transform.AFFINE, matrix, how, fillcolor=(128, 128, 128)
-    )
-
-
-def rotated(image: Picture, degrees: float) -> Picture:
-    turned = image.convert("RGBA").rotate(degrees)
-    return Image.composite(turned, Image.new("RGBA", image.size, (128,) * 4), turned).convert("RGB")
-
-
-def with_square(image: Picture, spot: tuple[int, int], side: int) -> Picture:
-    pixels, half = np.array(image), side // 2
-    y, x = spot
-    pixels[max(0, y - half) : y + half, max(0, x - half) : x + half] = (125, 122, 113)
-    return Image.fromarray(pixels)
-
-
-def pillows(name: str, level: int, sign: int, spot: tuple[int, int], image: Picture) -> Picture:
-    """The operation as the recipe states it, by Pillow itself."""
-    part, side = GRID[level], image.size[0]
-    shear, across = sign * 0.3 * part, sign * 150 / 331 * part * side
-    factor = 1 + sign * 0.9 * part
-    bicubic, nearest = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
-    by_name: dict[str, Callable[[Picture], Picture]] = {
-        "invert": ImageOps.invert,
-        "autocontrast": ImageOps.autocontrast,
-        "equalize": ImageOps.equalize,
-        "posterize": lambda x: ImageOps.posterize(x, int(np.round(8 - 4 * part))),
-        "solarize": lambda x: ImageOps.solarize(x, 256 * (1 - part)),
-        "brightness": lambda x: ImageEnhance.Brightness(x).enhance(factor),
-        "contrast": lambda x: ImageEnhance.Contrast(x).enhance(factor),
-        "color": lambda x: ImageEnhance.Color(x).enhance(factor),
-        "sharpness": lambda x: ImageEnhance.Sharpness(x).enhance(factor),
-        "shear_x": transformed((1, shear, 0, 0, 1, 0), bicubic),
-        "shear_y": transformed((1, 0, 0, shear, 1, 0), bicubic),
-        "translate_x": transformed((1, 0, across, 0, 1, 0), nearest),
-        "translate_y": transformed((1, 0, 0, 0, 1, across), nearest),
-        "rotate": lambda x: rotated(x, 30 * part),
-        "cutout": lambda x: with_square(x, spot, int(np.round(20 * part))),
-    }
-    return by_name[name](image)
 
 
 def tensor_of(image: Picture) -> Tensor:
@@ -99,7 +54,7 @@ def test_operations_are_pillows(name: str, side: int) -> None:
     images.append(Image.new("RGB", (side, side), (7, 200, 255)))
     for image, level, sign in itertools.product(images, range(1, LEVELS + 1), (1, -1)):
         spot = (side // 3, side - 1)
-        expected = tensor_of(pillows(name, level, sign, spot, image))
+        expected = tensor_of(randaugmented(image, name, level, sign, spot))
         found = ours(name, level, sign, spot, tensor_of(image))
         difference = (found - expected).abs().max() * 255
         assert float(difference) <= BOUNDS[name] + 1e-4, (level, sign)

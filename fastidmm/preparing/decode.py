@@ -156,17 +156,26 @@ def _decode(path: Path, max_side: int, seat: Seat) -> Picture | str:
         if image.width * image.height > MAX_PIXELS:
             return _too_large()
         num_bytes = BYTES_READ * image.width * image.height
-        if max_side:
-            # JPEG decodes to a half, quarter or eighth for less; twice the size is left.
-            image.draft(None, (2 * max_side, 2 * max_side))
+        sketch(image, max_side)
         seat.take(num_bytes + BYTES_DECODED * image.width * image.height)
         conversions = _conversions(image)  # which loads a PNG
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _shrunk(_rgb(image), max_side)
+        rgb = upright(image, max_side)
     pixels = rgb.tobytes()
     digest = sha256(pixels).hexdigest()
     return Picture(rgb.height, rgb.width, digest, look(rgb), conversions, pixels)
+
+
+def sketch(image: Image.Image, max_side: int) -> None:
+    """Tell an opened JPEG that a half, quarter or eighth of its sides will do; twice is left."""
+    if max_side:
+        image.draft(None, (2 * max_side, 2 * max_side))
+
+
+def upright(image: Image.Image, max_side: int) -> Image.Image:
+    """An opened image as a store holds it: in RGB, upright, no side longer than `max_side`."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _shrunk(_rgb(image), max_side)
 
 
 def _too_large() -> str:

@@ -1,0 +1,141 @@
+"""The pipeline everybody writes: files, a DataLoader, PIL and torchvision; the baseline.
+
+Each worker makes whole batches: it draws the step's plan, decodes every photograph once and makes
+its views with Pillow; the device normalises and mixes them.
+
+Deviation from the plain renderer: pictures are rounded to 8 bits after every operation, hue turns
+in 8-bit HSV, and a blur is Pillow's three boxes: DEVIATION.
+"""
+
+from collections.abc import Generator
+from itertools import count
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastidmm.augment import MIXES
+from fastidmm.batch import Batch, Options, ViewGroup
+from fastidmm.colour import normalise
+from fastidmm.errors import DataError
+from fastidmm.loaders.files import Files, unfit
+from fastidmm.loaders.pillow import chances, view
+from fastidmm.loaders.planned import Planned
+from fastidmm.plan import GroupPlan, Plan, draw
+from fastidmm.preparing.decode import FORMATS, num_cores, sketch, upright
+from fastidmm.store import Store
+
+
+class TorchOptions(Options):
+    """The table `[loader]`."""
+
+    workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one per core, less one on a CPU
+
+
+class Torch(Planned):
+    """Batches from a DataLoader's worker processes."""
+
+    Options: ClassVar[type[Options]] = TorchOptions
+    deviation: ClassVar[float] = 2.0
+
+    @classmethod
+    def unfit(cls, store: Store) -> str | None:
+        """The photographs must still be there."""
+        return unfit(store)
+
+    def set_up(self) -> None:
+        """Find the photographs."""
+        files, store = Files.of(self.store), self.store
+        self.steps = Steps(files, (store.height, store.width), self)
+
+    def made(self, start_step: int) -> Generator[Batch]:
+        """Batches from `start_step` on, as the workers finish them, in order."""
+        assert isinstance(self.options, TorchOptions)
+        on_gpu = self.device.type == "cuda"
+        workers = self.options.workers or max(1, num_cores() - (not on_gpu))
+        loader = DataLoader(
+            self.steps,
+            batch_size=None,  # a worker's answer is a batch
+            sampler=count(start_step),
+            num_workers=workers,
+            pin_memory=on_gpu,
+            worker_init_fn=_alone,
+        )
+        steps = iter(loader)
+        try:
+            for step in count(start_step):
+                problem, crops = next(steps)
+                if problem:
+                    raise DataError(problem)
+                yield self._batch(self.plan(step), crops)
+        finally:
+            del steps  # ends the workers
+
+    def _batch(self, plan: Plan, crops: list[Tensor]) -> Batch:
+        groups = zip(crops, plan.groups, self.method.views, strict=True)
+        return self.batch_of(plan, [self._finished(*each) for each in groups])
+
+    def _finished(self, crops: Tensor, plan: GroupPlan, group: ViewGroup) -> Tensor:
+        """Crops (C, S, S, 3) uint8 of the host, normalised and mixed on the device."""
+        there = crops.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        x = MIXES[plan.mix](normalise(there.float() / 255, group), plan)
+        return x.to(self.dtype, memory_format=torch.channels_last)
+
+
+Made = tuple[str, list[Tensor]]  # what went wrong, or "", and each group's crops
+
+
+class Steps(Dataset[Made]):
+    """The crops of any step, as a worker makes them; nothing of a device in it."""
+
+    def __init__(self, files: Files, sizes: tuple[Tensor, Tensor], loader: Planned) -> None:
+        self.files, self.sizes = files, sizes
+        self.groups, self.counters = loader.method.views, loader.counters
+        self.batch_size, self.cutmix_groups = loader.batch_size, loader.method.cutmix_groups
+
+    def __getitem__(self, step: int) -> Made:
+        """Crops of each group, (C, S, S, 3) uint8, all but normalised and mixed."""
+        plan = draw(
+            self.sizes,
+            self.groups,
+            self.counters,
+            step=step,
+            batch_size=self.batch_size,
+            cutmix_groups=self.cutmix_groups,
+        )
+        drawn = [chances(group) for group in plan.groups]
+        found = [
+            np.empty((len(crops), group.size, group.size, 3), np.uint8)
+            for crops, group in zip(drawn, self.groups, strict=True)
+        ]
+        num = plan.rows.numel()
+        for place, row in enumerate(plan.rows.tolist()):
+            image = self._opened(row)
+            if isinstance(image, str):
+                return image, []
+            for crops, mine, group in zip(drawn, found, self.groups, strict=True):
+                for crop in range(place, len(crops), num):
+                    mine[crop] = view(image, crops[crop], group.size, group.interpolation)
+        return "", [torch.from_numpy(crops) for crops in found]
+
+    def _opened(self, row: int) -> Image.Image | str:
+        """The photograph of a row as the store holds it, or what is wrong with it."""
+        path, side = self.files.paths[row], self.files.max_side
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                sketch(image, side)
+                found = upright(image, side)
+        except Exception as problem:
+            return f"{path} can no longer be read ({problem}): prepare the dataset again."
+        if found.size != (int(self.sizes[1][row]), int(self.sizes[0][row])):
+            return f"{path} has changed since it was prepared: prepare the dataset again."
+        return found
+
+
+def _alone(_: int) -> None:
+    """A worker has one core."""
+    torch.set_num_threads(1)
