@@ -13,7 +13,6 @@ A store is a folder: `train.safetensors` and, when there is one, `test.safetenso
 files, `train-00000.safetensors` and so on, each complete in itself.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastidmm.chance import Counters, Use, permutation, philox
 from fastidmm.errors import DataError
+from fastidmm.mapped import side_by_side, tensor_in
 
 # Also known by these names, for whoever has loaded torch anyway.
 from fastidmm.places import READER_VERSION as READER_VERSION
@@ -116,12 +116,19 @@ class Store:
 
 
 def open_store(folder: Path, split: str) -> Store:
-    """Open one split by memory map; nothing is read but what is touched.
-
-    Shards are copied into one piece of memory, since a Store has one; `open_shards` maps them.
-    """
+    """Open one split by memory map, in one file or several; nothing is read but what is touched."""
     shards = open_shards(folder, split)
-    return shards[0] if len(shards) == 1 else _joined(shards, folder, split)
+    if len(shards) == 1:
+        return shards[0]
+    paths = [folder / file for file in split_files(split, read_json(folder)["splits"][split])]
+    pixels, starts = side_by_side([tensor_in(path, "pixels") for path in paths])
+    tables: dict[str, Any] = {
+        name: torch.cat([getattr(shard, name) for shard in shards])
+        for name in ("height", "width", "label")
+    }
+    offset = [shard.offset + start for shard, start in zip(shards, starts, strict=True)]
+    larger: dict[str, Any] = {"max_height": -1, "max_width": -1}
+    return replace(shards[0], pixels=pixels, offset=torch.cat(offset), **tables, **larger)
 
 
 def open_shards(folder: Path, split: str) -> list[Store]:
@@ -154,31 +161,6 @@ def open_shards(folder: Path, split: str) -> list[Store]:
             )
         )
     return shards
-
-
-def _joined(shards: list[Store], folder: Path, split: str) -> Store:
-    """One store of all shards' rows, in memory."""
-    num_bytes = sum(shard.pixels.numel() for shard in shards)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > memory:
-        raise DataError(
-            f"the {len(shards)} shards of {folder.name}'s {split} split hold {num_bytes / 1e9:.1f} "
-            f"GB, this machine {memory / 1e9:.1f} GB of memory: prepare it with a smaller "
-            "--max-side, or with --shard-size 0, whose one file is mapped and not copied."
-        )
-    sizes = torch.tensor([shard.pixels.numel() for shard in shards])
-    starts = sizes.cumsum(0) - sizes
-    offsets = [shard.offset + start for shard, start in zip(shards, starts, strict=True)]
-    return replace(
-        shards[0],
-        pixels=torch.cat([shard.pixels for shard in shards]),
-        offset=torch.cat(offsets),
-        height=torch.cat([shard.height for shard in shards]),
-        width=torch.cat([shard.width for shard in shards]),
-        max_height=-1,
-        max_width=-1,
-        label=torch.cat([shard.label for shard in shards]),
-    )
 
 
 def stratified(

@@ -1,5 +1,6 @@
 """A written split, read back by safetensors and by the store."""
 
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from fastidmm import store
 from fastidmm.datasets import Item
 from fastidmm.errors import DataError, UsageError
+from fastidmm.mapped import Part, side_by_side
 from fastidmm.preparing.decode import Picture
 from fastidmm.preparing.pack import Packed, Packer
 from fastidmm.store import Store
@@ -88,14 +90,44 @@ def test_shards_hold_the_same_rows(tmp_path: Path, shard_bytes: int, counts: lis
     assert (whole.max_height, whole.max_width, len(whole)) == (3, 10, 9)
 
 
-def test_shards_that_do_not_fit_into_memory_are_not_joined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_mapped_and_not_copied(tmp_path: Path) -> None:
     opened(tmp_path, ROWS, 100)
-    monkeypatch.setattr("os.sysconf", lambda name: 10)
-    with pytest.raises(DataError, match=r"the 4 shards of .* --max-side, or with --shard-size 0"):
-        store.open_store(tmp_path, "train")
-    assert len(store.open_shards(tmp_path, "train")) == 4
+
+    def mapped() -> int:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sum("train-0000" in line for line in lines)
+
+    whole = store.open_store(tmp_path, "train")
+    assert mapped() == 4
+    assert not (whole.offset % 3).any()  # pixels can be counted across the files
+    last = whole.gathered(torch.tensor([8, 0]))
+    assert last.image(0).numpy().tobytes() == ROWS[8][1].pixels
+    assert last.image(1).numpy().tobytes() == ROWS[0][1].pixels
+    assert last.row is not None and last.row.tolist() == [8, 0]
+    part = whole.pixels[5:]
+    del whole
+    gc.collect()
+    assert mapped() == 4 and len(part) > 4 * 4096 - 5
+    del part
+    gc.collect()
+    assert mapped() == 0
+
+
+@pytest.mark.parametrize("lead", [0, 1, 5, 4095, 4096, 8191])
+def test_parts_of_files_side_by_side(tmp_path: Path, lead: int) -> None:
+    sizes = (1, 4096, 4097, 3)
+    parts, contents = [], []
+    for number, size in enumerate(sizes):
+        noise = np.random.default_rng(number).integers(0, 256, lead + size + 7, dtype=np.uint8)
+        path = tmp_path / str(number)
+        path.write_bytes(noise.tobytes())
+        parts.append(Part(path, lead, size))
+        contents.append(torch.from_numpy(noise[lead : lead + size]))
+    whole, starts = side_by_side(parts)
+    for content, start, size in zip(contents, starts, sizes, strict=True):
+        assert start % 3 == 0
+        assert torch.equal(whole[start : start + size], content)
+    assert int(whole.sum()) >= sum(int(content.sum()) for content in contents)  # all is readable
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

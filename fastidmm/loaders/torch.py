@@ -4,7 +4,9 @@ Each worker makes whole batches: it draws the step's plan, decodes every photogr
 its views with Pillow; the device normalises and mixes them.
 
 Deviation from the plain renderer: pictures are rounded to 8 bits after every operation, hue turns
-in 8-bit HSV, and a blur is Pillow's three boxes: DEVIATION.
+in 8-bit HSV, and a blur is Pillow's three boxes. Over photographs of Flowers at 112 px IDMM's views
+are 1.2/255 off on average, 7 at the 99th percentile, 32 at most; those of fine-tuning 0.7 to 1.0,
+and up to 200 where RandAugment's equalize meets a value that was rounded the other way.
 """
 
 from collections.abc import Generator

@@ -17,7 +17,7 @@ from fastidmm.batch import Method, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.record import Record
-from fastidmm.store import Store, folder_of, open_store, read_json
+from fastidmm.store import Store, read_json
 
 NUM_IMAGES = 4
 LONGEST_SIDE = 160  # px
@@ -49,7 +49,7 @@ class Shown:
 def shown(record: Record, store: Store, step: int) -> list[Shown]:
     """A few images of a step with all their views, by the code that trained on them."""
     method, plan = planned(record, store, step)
-    name = _naming(store, record.recipe.run.dataset)
+    name = _naming(store)
     num_images = plan.rows.numel()
     # Apart from one another: neighbours in a batch share the box of their mixing.
     places = sorted({num_images * i // NUM_IMAGES for i in range(NUM_IMAGES)})
@@ -127,15 +127,13 @@ def _views(
         )
 
 
-def _naming(store: Store, dataset: str) -> Callable[[int], str]:
+def _naming(store: Store) -> Callable[[int], str]:
     """How images are called: by the file they came from, or by their row."""
-    folder = folder_of(dataset)
-    files = read_json(folder)["splits"]["train"]["files"]
-    offsets = open_store(folder, "train").offset
+    assert store.folder is not None, "a run's store was prepared"
+    files = read_json(store.folder)["splits"][store.split]["files"]
 
     def name(row: int) -> str:
-        # A recipe's selection of rows keeps each image's place in the pixels.
-        original = int(torch.searchsorted(offsets, store.offset[row]))
+        original = row if store.row is None else int(store.row[row])
         return files[original].rpartition("/")[2] if files else f"row {original}"
 
     return name
