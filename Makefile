@@ -1,19 +1,21 @@
 # `make` lists the targets. Everything runs in .venv; no root needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# CI adds dali,ffcv; tests of a loader that is not installed are skipped.
+EXTRAS ?= demo,dev
 # A machine without a GPU keeps torch's CPU build (see the file); a GPU machine takes CUDA wheels.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-.venv/ready: pyproject.toml constraints-cpu.txt
+.venv/ready-$(EXTRAS): pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[demo,dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	touch '$@'
 
-setup: .venv/ready  ## the environment: .venv with fastidmm, its tests' and the demo's needs
+setup: .venv/ready-$(EXTRAS)  ## the environment: .venv with fastidmm, its tests' and the demo's needs
 
 demo: setup  ## photographs in, report out: pretrain, fine-tune, compare with no pretraining
 	rm -rf runs/demo
