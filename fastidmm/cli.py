@@ -214,6 +214,7 @@ def run_all(
     backbone: BackboneOption = None,
     method: MethodOption = None,
     recipe: RecipeOption = None,
+    loader: LoaderOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
     resolution: ResolutionOption = None,
@@ -234,9 +235,9 @@ def run_all(
     from fastidmm.run import run_all as run_all_stages
 
     settings = recipe_settings(
-        dataset=dataset, backbone=backbone, method=method, epochs=epochs, batch_size=batch_size,
-        resolution=resolution, seed=seed, device=device, precision=precision, exact=exact,
-        holdout=holdout,
+        dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
+        batch_size=batch_size, resolution=resolution, seed=seed, device=device,
+        precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     found = run_all_stages(_recipe(recipe, settings, assignments), run)
     answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")

@@ -14,7 +14,7 @@ MethodOption = Annotated[str | None, typer.Option(help="What is learnt from.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
 ]
-LoaderOption = Annotated[str | None, typer.Option(help="How batches reach the device.")]
+LoaderOption = Annotated[str | None, typer.Option(help="auto, resident, dali, ffcv or torch.")]
 EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
 ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
