@@ -277,6 +277,21 @@ def list_parts(as_json: JsonOption = False) -> None:
     answer(found, as_json, "\n".join(lines))
 
 
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has, and the command for what it lacks.
+
+    Example: fastidmm doctor
+    """
+    from fastidmm.doctor import as_dicts, lines, table
+    from fastidmm.facts import look
+
+    found = lines(look())
+    answer(as_dicts(found), as_json, lambda: table(found))
+    if any(line.state == "mend" for line in found):
+        raise typer.Exit(UsageError.status)
+
+
 def _run(name: str | None) -> Path:
     """The run that was named, or the newest, said so."""
     from fastidmm.record import existing_run
