@@ -1,11 +1,11 @@
 """What the machine offers: cores, devices, number types."""
 
 import os
-from pathlib import Path
 
 import torch
 
 from fastidmm.errors import UsageError
+from fastidmm.facts import memory
 from fastidmm.preparing.decode import num_cores
 
 
@@ -29,13 +29,9 @@ def set_up(device_name: str, *, exact: bool) -> torch.device:
 
 
 def available_memory() -> int:
-    """Bytes of the host's memory that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Bytes of the host's memory that can be had without swapping, or half of all of them."""
+    total, available = memory()
+    return total // 2 if available is None else available
 
 
 def name_of(device: torch.device) -> str:
