@@ -8,7 +8,7 @@ agree to the bit on every integer. Never compiled.
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -83,9 +83,17 @@ def num_steps(num_rows: int, batch_size: int) -> int:
 
 
 def epoch_order(num_rows: int, counters: Counters, epoch: int, device: torch.device) -> Tensor:
-    """The order of the rows in one epoch: (N,) int64."""
-    rows = torch.arange(num_rows, device=device)
-    return permutation(philox((epoch, rows, 0, 0), counters.key(Use.ORDER)))
+    """The order of the rows in one epoch: (N,) int64, not to be written to."""
+    # A host sorts a million rows in over half a second: not in every step.
+    order = _order if device.type == "cuda" else _kept_order
+    return order(num_rows, counters.key(Use.ORDER), epoch, device)
+
+
+def _order(num_rows: int, key: tuple[int, int], epoch: int, device: torch.device) -> Tensor:
+    return permutation(philox((epoch, torch.arange(num_rows, device=device), 0, 0), key))
+
+
+_kept_order = lru_cache(maxsize=2)(_order)  # two: whoever draws ahead is in the next epoch first
 
 
 def draw(
