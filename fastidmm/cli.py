@@ -20,6 +20,7 @@ from fastidmm.options import (
     DeviceOption,
     EpochsOption,
     ExactOption,
+    Format,
     HoldoutOption,
     JsonOption,
     LoaderOption,
@@ -66,6 +67,9 @@ def prepare(
     max_side: Annotated[int, typer.Option(min=0, help="Longest side kept, px; 0: any.")] = 1024,
     shard_size: Annotated[int, typer.Option(min=0, help="Pixels in a file, GB; 0: any.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="For splits that are drawn.")] = 0,
+    kind: Annotated[
+        Format, typer.Option("--format", help="beton: FFCV's file beside the store.")
+    ] = Format.STORE,
     listing: Annotated[bool, typer.Option("--list", help="Show what can be prepared.")] = False,
     weights: Annotated[
         str | None, typer.Option(help="Fetch the weights of one of timm's models.")
@@ -98,6 +102,7 @@ def prepare(
         max_side=max_side,
         shard_bytes=shard_size * 10**9,
         quiet=as_json,
+        beton=kind is Format.BETON,
     )
     return answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 

@@ -2,9 +2,18 @@
 
 import json
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+
+
+class Format(StrEnum):
+    """What `prepare` writes."""
+
+    STORE = "store"
+    BETON = "beton"
+
 
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")

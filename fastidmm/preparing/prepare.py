@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import shutil
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -21,18 +19,19 @@ from fastidmm.datasets import Item, Source, Unusable
 from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError
 from fastidmm.interrupt import Stop, stoppable
 from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files
+from fastidmm.preparing import beton as beton_file
 from fastidmm.preparing.checks import check
 from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
 from fastidmm.preparing.journal import Journal
 from fastidmm.preparing.making import Making, alone, write
 from fastidmm.preparing.pack import Packed, Packer
 from fastidmm.preparing.summary import Summary, shown
+from fastidmm.preparing.watching import watching
 
 Described = dict[str, Any]
 
 SHARD_BYTES = 64_000_000_000  # pixels in one file of a store
 SYNC_BYTES = 1 << 28  # pixels that may have to be read again after a kill
-SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +86,14 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     quiet: bool = False,
+    beton: bool = False,
 ) -> Summary:
     """Decode a source into the store `name`, unless that is what it holds, and make it current.
 
     `max_side` limits the long side in pixels (0: no limit), `shard_bytes` the pixels in one file
-    (0: no limit); `workers` is the number of decoding threads (None: one per core). Whatever stops
-    it, doing the same again goes on behind the last picture that was written, to the same bytes.
+    (0: no limit); `workers` is the number of decoding threads (None: one per core); `beton` asks
+    for FFCV's file as well. Whatever stops it, doing the same again goes on behind the last
+    picture that was written, to the same bytes.
     """
     folder = home() / "stores" / check_name(name, "dataset")
     if max_side < 0:
@@ -103,8 +104,12 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder) as making:
             found = _found(folder, signature)
+            if beton and not (found and (folder / beton_file.NAME).exists()):
+                beton_file.load()  # or say what it needs, before the work of decoding
             told = found or _made(making, wanted, signature)
             making.clear()
+            if beton:
+                beton_file.write(folder, quiet=quiet)
         _make_current(name)
     return Summary.of(*told, folder, fresh=found is None)
 
@@ -174,7 +179,8 @@ class _Work:
         """Write every split below `part`."""
         packed = {}
         total = sum(len(items) for items in self._splits.values())
-        with _watching(total, self._wanted) as watch:
+        doing, quiet = f"Decoding {self._wanted.name}", self._wanted.quiet
+        with watching(doing, total, quiet=quiet) as watch:
             for split, items in self._splits.items():
                 with Packer(part, split, self._wanted.shard_bytes) as packer:
                     for item in items:
@@ -247,28 +253,6 @@ def _told(packed: Packed) -> Described:
     if len(packed.shards) > 1:
         told["shards"] = [asdict(shard) for shard in packed.shards]
     return told
-
-
-@contextmanager
-def _watching(total: int, wanted: _Wanted) -> Iterator[Callable[[int], None]]:
-    """A bar where a person is looking, a line a minute elsewhere; call it with the files done."""
-    if wanted.quiet or not sys.stderr.isatty():
-        said = time.monotonic()
-
-        def say(num_done: int) -> None:
-            nonlocal said
-            if not wanted.quiet and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                print(f"{wanted.name}: {num_done:,} of {total:,} files", file=sys.stderr)
-
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"Decoding {wanted.name}", total=total)
-        yield lambda num_done: progress.update(bar, completed=num_done)
 
 
 def _check_enough(train: Packed, source: Source, unusable: list[Unusable]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastidmm.datasets import Unusable
+from fastidmm.preparing.beton import NAME as BETON
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,14 @@ class Summary:
     animated: tuple[str, ...]  # files of which the first frame was taken
     notes: tuple[str, ...]
     checks: dict[str, Any]  # as `checks.check` returns them
+    beton_bytes: int = 0  # of `train.beton`; 0 where there is none
 
     @classmethod
     def of(
         cls, described: dict[str, Any], checks: dict[str, Any], folder: Path, fresh: bool
     ) -> "Summary":
         """Read off `store.json` and `prepare.json`."""
-        splits = described["splits"]
+        splits, beton = described["splits"], folder / BETON
         return cls(
             name=described["name"],
             folder=folder,
@@ -48,6 +50,7 @@ class Summary:
             animated=tuple(described["animated"]),
             notes=tuple(described["notes"]),
             checks=checks,
+            beton_bytes=beton.stat().st_size if beton.exists() else 0,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,7 +69,10 @@ class Summary:
         if self.animated:
             files = _listed([printable(file) for file in self.animated], limit)
             lines.append(f"first frame only: {files}")
-        return [*lines, *self.notes, *_findings(self.checks), f"in {self.folder}"]
+        lines += [*self.notes, *_findings(self.checks)]
+        if self.beton_bytes:
+            lines.append(f"{BETON}: {_size(self.beton_bytes)}, for --loader ffcv")
+        return [*lines, f"in {self.folder}"]
 
     def heading(self) -> str:
         """What the store holds, in a line."""
