@@ -1,19 +1,32 @@
-"""FFCV's file of a store."""
+"""FFCV's file of a store, and the loader that reads it."""
 
 import errno
+import gc
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from synthetic import assembled, photograph
 
 from fastidmm import cli, store
+from fastidmm.batch import ViewGroup
+from fastidmm.chance import Counters
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, Interrupted, UsageError
+from fastidmm.loaders.ffcv import FFCV, FFCVOptions
+from fastidmm.plan import draw
 from fastidmm.preparing import beton
 from fastidmm.preparing import prepare as module
 from fastidmm.preparing.prepare import prepare
@@ -207,3 +220,152 @@ def test_the_command(
         cli.main()
     shown = capsys.readouterr()
     assert not ended.value.code and '"beton_bytes": 4' in shown.out and shown.err == ""
+
+
+# --- the loader ---------------------------------------------------------------------------------
+
+NUM, BATCH = 23, 4  # six steps an epoch, the last of three images
+PLAIN = ViewGroup(count=2, size=8, scale=(0.3, 1), flip=0, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """Pictures that say where they are looked at: red is 2 y, green 2 x, blue 10 times the row."""
+    home = tmp_path_factory.mktemp("places")
+    (home / "photos").mkdir()
+    for row in range(NUM):
+        y, x = np.mgrid[0 : 40 + 7 * row % 31, 0 : 50 + 11 * row % 29]
+        pixels = np.stack((2 * y, 2 * x, np.full_like(y, 10 * row)), axis=2).astype(np.uint8)
+        Image.fromarray(pixels).save(home / "photos" / f"{row:02d}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTIDMM_HOME", str(home / "home"))
+        source = Folder().open(from_=home / "photos", seed=0)
+        told = prepare(source, "places", quiet=True, beton=True)
+        yield store.open_store(told.folder, "train")
+
+
+def loader(places: Store, *groups: ViewGroup, threads: int = 1) -> FFCV:
+    method, _ = assembled("idmm")
+    method.views = list(groups or (PLAIN,))
+    options = FFCVOptions(threads=threads)
+    return FFCV(places, method, Counters(7), batch_size=BATCH, options=options)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_box_of_many_small_batches_is_the_plans(places: Store, threads: int) -> None:
+    """Averages over a slope are the slope at the middle: where each pixel lies, by no resize."""
+    made = loader(places, threads=threads)
+    middle = torch.arange(PLAIN.size) + 0.5
+    with closing(made.batches(3)) as batches:
+        for step, batch in enumerate(islice(batches, 50), 3):
+            plan = draw(
+                (places.height, places.width), [PLAIN], Counters(7), step=step, batch_size=4
+            )
+            crops, (views,) = plan.groups[0].crops, batch.groups
+            assert batch.step == step and torch.equal(views.rows, crops.rows)
+            lies = crops.origin[:, :, None] + middle * crops.scale[:, :, None] - 0.5
+            red, green, blue = (255 * views.pixels).unbind(dim=1)
+            assert float((red - 2 * lies[:, 0, :, None]).abs().max()) < 0.51
+            assert float((green - 2 * lies[:, 1, None, :]).abs().max()) < 0.51
+            assert torch.get_num_threads() == 1  # FFCV would set its own number for torch, too
+            assert torch.equal(blue.round().long(), 10 * crops.rows[:, None, None].expand(-1, 8, 8))
+
+
+@needs_ffcv
+def test_crops_that_are_not_resized_are_the_pixels(home: Path, tmp_path: Path) -> None:
+    from fastidmm.loaders import ffcv_crops
+
+    for row in range(9):
+        path = tmp_path / "photos" / f"{row}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photograph(31 + 7 * row, 70 - 4 * row, row)).save(path)
+    told = prepare(Folder().open(from_=path.parent, seed=0), "mine", quiet=True, beton=True)
+    opened, groups = store.open_store(told.folder, "train"), [(1, 31), (3, 5)]
+    chance, asked = np.random.default_rng(0), []
+
+    def tables() -> Iterator[NDArray[np.int64]]:
+        while True:
+            rows = chance.integers(0, 9, chance.integers(1, 6))
+            table = [
+                (row, *(edge for side in (31, 5, 5, 5) for edge in box(opened.image(row), side)))
+                for row in rows
+            ]
+            asked.append(np.array(table))
+            yield asked[-1]
+
+    def box(image: torch.Tensor, side: int) -> tuple[int, int, int, int]:
+        top, left = (int(chance.integers(0, extent - side + 1)) for extent in image.shape[:2])
+        return top, left, top + side, left + side
+
+    source = ffcv_crops.source(told.folder / "train.beton", groups, batch_size=5, threads=2)
+    cut = ffcv_crops.Cut(source, tables())
+    for step, (large, small) in enumerate(islice(cut, 40)):
+        for image, (row, *boxes) in enumerate(asked[step]):
+            crops = [*large[image], *small[image]]
+            for crop, corner in zip(crops, np.reshape(boxes, (4, 4)), strict=True):
+                top, left, bottom, right = corner
+                assert np.array_equal(crop, opened.image(row)[top:bottom, left:right])
+    cut.end()
+    assert not cut.is_alive() and len(asked) > 40
+
+
+@needs_ffcv
+def test_dropped_batches_end_their_thread(places: Store) -> None:
+    made, before = loader(places), threading.active_count()
+    for begun in (1, 2, 9):
+        batches = made.batches(0)
+        for _ in range(begun):
+            next(batches)
+        assert threading.active_count() > before
+        del batches
+        gc.collect()
+        assert threading.active_count() == before
+
+
+@needs_ffcv
+def test_what_goes_wrong_in_ffcvs_thread_is_told(
+    places: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, before = loader(places), threading.active_count()
+    real = made.plan
+
+    def failing(step: int, *sizes: Any) -> Any:
+        if step == 4:
+            raise ValueError("no plan of step 4")
+        return real(step, *sizes)
+
+    monkeypatch.setattr(made, "plan", failing)
+    with closing(made.batches(1)) as batches:
+        assert [next(batches).step for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(ValueError, match="no plan of step 4"):
+            next(batches)
+    assert threading.active_count() == before
+
+
+def test_importing_ffcv_leaves_torch_its_threads(tmp_path: Path) -> None:
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv" / "loader.py").write_text("import torch; torch.set_num_threads(1)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch\n"
+        "from fastidmm.preparing import beton\n"
+        "torch.set_num_threads(3); beton.load(); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+
+
+@needs_ffcv
+def test_what_the_loader_refuses(places: Store, mine: MakeStore, tmp_path: Path) -> None:
+    bare = store.open_store(mine().folder, "train")
+    words = r"--loader ffcv: .*mine holds no train.beton: repeat the `fastidmm prepare` .* --format"
+    with pytest.raises(DataError, match=words):
+        loader(bare)
+    with pytest.raises(DataError, match="not prepared into a folder: choose --loader resident"):
+        loader(of_sizes((7, 5)))
+    assert places.folder and bare.folder
+    (bare.folder / "train.beton").symlink_to(places.folder / "train.beton")
+    with pytest.raises(DataError, match=r"train.beton is not of this store: delete it, and repeat"):
+        loader(bare)
+    with pytest.raises(UsageError, match=r"loader.threads = 9999: .* at most \d+ here"):
+        loader(places, threads=9999)

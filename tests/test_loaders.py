@@ -25,6 +25,7 @@ from fastidmm.errors import DataError
 from fastidmm.loaders.files import Files
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import draw
+from fastidmm.preparing import beton
 from fastidmm.preparing.prepare import prepare
 from fastidmm.registry import LOADERS, find
 from fastidmm.store import Store, folder_of, open_store
@@ -44,7 +45,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         small.resize((wide, high), Image.Resampling.BICUBIC).save(path, quality=92)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTIDMM_HOME", str(home / "home"))
-        prepare(Folder().open(from_=home / "photos", seed=0), "photos", quiet=True)
+        source = Folder().open(from_=home / "photos", seed=0)
+        prepare(source, "photos", quiet=True, beton=beton.unusable() is None)
         yield open_store(folder_of("photos"), "train").select(
             torch.tensor([*range(19, 10, -1), *range(8)])
         )

@@ -96,10 +96,10 @@ class Planned:
         """The batch of one step, for loaders that can make any at any time."""
         raise NotImplementedError
 
-    def plan(self, step: int) -> Plan:
-        """What chance decides in a step, on the device."""
+    def plan(self, step: int, sizes: tuple[Tensor, Tensor] | None = None) -> Plan:
+        """What chance decides in a step: where `sizes` are, by default on the device."""
         return draw(
-            self.sizes,
+            sizes or self.sizes,
             self.method.views,
             self.counters,
             step=step,
