@@ -30,6 +30,7 @@ BACKBONES = {
     "vit_micro": "fastidmm.backbones.vit:vit_micro",
 }
 LOADERS = {
+    "dali": "fastidmm.loaders.dali:Dali",
     "ffcv": "fastidmm.loaders.ffcv:FFCV",
     "resident": "fastidmm.loaders.resident:Resident",
     "torch": "fastidmm.loaders.torch:Torch",
