@@ -1,6 +1,6 @@
 """All views of a group from uint8 pixels: resize, colours, blur and CutMix in three launches.
 
-`fastidmm.augment.render` is the definition, and the path of every other device. What differs here:
+`fastidmm.augment.render` is the definition; on a CPU `views_cpu` does the work. What differs here:
 sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
 resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
 1/255 where it is bicubic. What the kernels do not know, RandAugment and Mixup, is done to resized
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastidmm import augment, colour
 from fastidmm.batch import ViewGroup
+from fastidmm.kernels import views_cpu
 from fastidmm.plan import Crops, GroupPlan
 from fastidmm.store import Store
 
@@ -38,6 +39,8 @@ PIXELS = 1024  # of a step of `means`
 
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
+    if store.pixels.device.type == "cpu":
+        return views_cpu.views(store, plan, group, dtype)
     if triton is None or not store.pixels.is_cuda:
         return reference(store, plan, group, dtype)
     return (
@@ -49,6 +52,8 @@ def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
 
 def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
     """Crops without chance, normalised, as evaluation sees them: (C, 3, S, S) float32."""
+    if store.pixels.device.type == "cpu":
+        return views_cpu.plain_views(store, crops, group)
     if triton is None or not store.pixels.is_cuda:
         return augment.render_plain(store, crops, group)
     return colour.normalise(resize(store, crops, torch.float32).permute(0, 3, 1, 2), group)

@@ -73,7 +73,9 @@ def test_batches_follow_the_plan(name: str, step: int) -> None:
         assert views.place.tolist() == list(range(first, first + len(rows)))
         assert views.total == len(rows)
         assert views.pixels.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(views.pixels, render(store, drawn, group))
+        apart = (views.pixels - render(store, drawn, group)) * torch.tensor(group.std).view(3, 1, 1)
+        # A resize rounds to 8 bits on a CPU: a misplaced box would show more.
+        assert float(apart.abs().mean()) < 0.5 / 255
         first += len(rows)
 
 
