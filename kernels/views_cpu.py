@@ -15,7 +15,7 @@ A crop's bits depend on its own part of the plan alone, not on what is rendered 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -37,17 +37,17 @@ MOST_PIXELS = 2**24  # of an image resized whole; what would be longer is left t
 
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
-    crops = plan.crops
+    crops, size = plan.crops, plan.crops.size
     kind = torch.float32 if plan.mix == "mixup" else dtype
-    found = torch.empty(crops.rows.numel(), crops.size, crops.size, 3, dtype=kind)
-    crop = Crop(crops.size, group)
+    found = torch.empty(crops.rows.numel(), size, size, 3, dtype=kind)
+    crop = Crop(size, group)
+    sources = windows(store, crops)
     names = ("flip", "jitter", "order", "factors", "gray", "blur", "sigma", "solarize")
-    chances = zip(*(getattr(plan, name).tolist() for name in names), strict=True)
-    for i, (window, chance) in enumerate(zip(windows(store, crops), chances, strict=True)):
-        flip, jitter, order, factors, gray, blur, sigma, solarize = chance
-        levels = interpolate(
-            window, (crops.size, crops.size), mode=crops.interpolation, antialias=True
-        )[0]
+    chances = list(zip(*(getattr(plan, name).tolist() for name in names), strict=True))
+    # By image, whose pixels are then in the cache for all but its first crop.
+    for i in crops.rows.argsort(stable=True).tolist():
+        flip, jitter, order, factors, gray, blur, sigma, solarize = chances[i]
+        levels = resized(sources[i], (size, size), crops)
         # A flip commutes with all but RandAugment's moves, and is quickest on bytes.
         crop.load(levels.flip(-1) if flip and not group.randaugment else levels)
         if group.jitter and jitter:
@@ -82,23 +82,29 @@ def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
             alone = replace(crops, **{name: getattr(crops, name)[i : i + 1] for name in names})
             found[i] = augment.render_plain(store, alone, group)[0].permute(1, 2, 0)
             continue
-        whole = interpolate(window, (high, wide), mode=crops.interpolation, antialias=True)[0]
+        whole = resized(window, (high, wide), crops)
         crop.load(whole[:, top : top + size, left : left + size])
         crop.write(found[i])
     return found.permute(0, 3, 1, 2)
 
 
-def windows(store: Store, crops: Crops) -> Iterator[Tensor]:
+def windows(store: Store, crops: Crops) -> list[Tensor]:
     """What each crop may read, where it lies in the store: (1, 3, h, w) uint8, channels last."""
     base = store.pixels.storage_offset()
     starts, widths = store.offset[crops.rows].tolist(), store.width[crops.rows].tolist()
+    found = []
     for start, wide, window in zip(starts, widths, crops.window.tolist(), strict=True):
         top, left, bottom, right = window
-        yield store.pixels.as_strided(
-            (1, 3, bottom - top, right - left),
-            (3 * wide * (bottom - top), 1, 3 * wide, 3),
-            base + start + 3 * (top * wide + left),
-        )
+        high, across = bottom - top, right - left
+        strides = (3 * wide * high, 1, 3 * wide, 3)
+        place = base + start + 3 * (top * wide + left)
+        found.append(store.pixels.as_strided((1, 3, high, across), strides, place))
+    return found
+
+
+def resized(window: Tensor, size: tuple[int, int], crops: Crops) -> Tensor:
+    """A window at another size, antialiased: (3, *size) uint8, in any layout."""
+    return interpolate(window, size, mode=crops.interpolation, antialias=True)[0]
 
 
 class Crop:
@@ -112,18 +118,25 @@ class Crop:
         self.mean, self.std = group.mean, group.std
         self.bytes = torch.empty(3, size, size, dtype=torch.uint8)
         self.values = torch.empty(3, size, size)
-        self.spare = torch.empty(5, size, size)  # hue's; gray lies in the last, `write` in three
+        self.spare = torch.empty(6, size, size)  # hue's; gray lies in the last, `write` in three
         self.pixels = self.spare[:3].view(size, size, 3)
         self.luma = torch.tensor([LUMA])
+        self.gray = self.spare[5:]
         self.bias = torch.empty(3).unbind()
         self.away = torch.empty(3, 1, 1)
+        # Views made once: each costs as much as it takes to add two planes.
+        self.channels, self.spares = self.values.unbind(), self.spare.unbind()
+        self.columns, self.aways = self.pixels.unbind(-1), self.away.unbind()
+        self.pairs = self.bytes[:2], self.bytes[1:]
 
     def load(self, levels: Tensor) -> None:
         """Begin with a resized crop: (3, S, S) uint8, in any layout."""
         # The bytes by themselves first: to reorder and convert in one takes half as long again.
         self.bytes.copy_(levels)
-        num = 1 if torch.equal(self.bytes[:2], self.bytes[1:]) else 3
-        self.planes = self.values[:num].copy_(self.bytes[:num])
+        if torch.equal(*self.pairs):
+            self.planes = self.values[:1].copy_(self.bytes[:1])
+        else:
+            self.planes = self.values.copy_(self.bytes)
         self.gain, self.lift = 1.0, 0.0
 
     def take(self, x: Tensor) -> None:
@@ -137,14 +150,14 @@ class Crop:
 
     def write(self, into: Tensor) -> None:
         """Normalise into (S, S, 3) of any type."""
-        pixels = into if into.dtype == torch.float32 else self.pixels
-        for channel, column in enumerate(pixels.unbind(-1)):
+        direct = into.dtype == torch.float32
+        for channel, column in enumerate(into.unbind(-1) if direct else self.columns):
             std = self.std[channel]
             bias = self.bias[channel].fill_((self.lift / 255 - self.mean[channel]) / std)
             plane = self.planes[channel % len(self.planes)]
             torch.add(bias, plane, alpha=self.gain / (255 * std), out=column)
-        if pixels is not into:
-            into.copy_(pixels)
+        if not direct:
+            into.copy_(self.pixels)
 
     def jitter(self, order: list[int], factors: list[float]) -> None:
         """Brightness, contrast, saturation and hue in the crop's own order."""
@@ -182,9 +195,8 @@ class Crop:
 
     def _gray(self) -> Tensor:
         """Luma: (1, S, S)."""
-        gray = self.spare[4:]
-        torch.mm(self.luma, self.planes.flatten(1), out=gray.flatten(1))
-        return gray
+        torch.mm(self.luma, self.values.flatten(1), out=self.gray.flatten(1))
+        return self.gray
 
     def hue(self, turns: float) -> None:
         """Turn the colour circle, the brightest and the darkest channel's values kept.
@@ -194,19 +206,19 @@ class Crop:
         darkest) / chroma on either side, so that no case needs a choice; nor is anything divided,
         since every term below is in units of chroma.
         """
-        red, green, blue = self.planes.unbind()
-        high, low, chroma, apart, side = self.spare.unbind()
-        torch.amax(self.planes, 0, out=high)
-        torch.amin(self.planes, 0, out=low)
+        red, green, blue = self.channels
+        high, low, chroma, base, apart, side = self.spares
+        torch.amax(self.values, 0, out=high)
+        torch.amin(self.values, 0, out=low)
         torch.sub(high, low, out=chroma)
-        torch.add(green, blue, out=apart).sub_(red).add_(chroma).sub_(low)
+        torch.sub(low, chroma, out=base)
+        torch.add(green, blue, out=apart).sub_(red).sub_(base)
         torch.copysign(apart, torch.sub(green, blue, out=side), out=apart)
-        for own, away in zip((0, 2, 4), self.away.unbind(), strict=True):
+        for own, away in zip((0, 2, 4), self.aways, strict=True):
             away.fill_(math.remainder(6 * turns - own, 6))
-        x = torch.addcmul(apart, chroma, self.away, out=self.planes)
+        x = torch.addcmul(apart, chroma, self.away, out=self.values)
         # In -6 to 6, on a circle of 6: the distance from 0 is 3 - ||x| - 3|.
-        x.abs_().sub_(chroma, alpha=3).abs_().add_(torch.sub(low, chroma, out=side))
-        x.clamp_(low, high)
+        x.abs_().sub_(chroma, alpha=3).abs_().add_(base).clamp_(low, high)
 
     def grayscale(self) -> None:
         """Luma, in one plane."""
