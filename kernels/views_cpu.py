@@ -15,7 +15,8 @@ A crop's bits depend on its own part of the plan alone, not on what is rendered 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -27,14 +28,30 @@ from fastidmm import augment
 from fastidmm.batch import Mix, ViewGroup
 from fastidmm.colour import LUMA
 from fastidmm.plan import Crops, GroupPlan
-from fastidmm.randaugment import randaugment
+from fastidmm.randaugment import FAMILIES, OPERATIONS
 from fastidmm.store import Store
 
 BLOCK = 16  # px that one small matrix product of a blur gives, at least
 FAINTEST = 1e-9  # stands for a factor of 0, which would leave nothing to clamp by
 MOST_PIXELS = 2**24  # of an image resized whole; what would be longer is left to the definition
+CHANGES = {OPERATIONS.index(name): change for names, change in FAMILIES for name in names}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A crop is too little work to share: threads would mostly wait for one another, at full speed.
+
+    The number is each thread's own, so that a step beside this one keeps its.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
     crops, size = plan.crops, plan.crops.size
@@ -59,13 +76,13 @@ def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
         if group.solarize and solarize:
             crop.solarize()
         if group.randaugment:
-            drawn = (plan.operation, plan.level, plan.negative, plan.spot)
-            changed = randaugment(crop.finished(), *(each[i : i + 1] for each in drawn))
+            changed = randaugmented(crop.finished(), plan, i)
             crop.take(changed.flip(-1) if flip else changed)
         crop.write(found[i])
     return MIXES[plan.mix](found, plan).to(dtype).permute(0, 3, 1, 2)
 
 
+@one_thread()
 def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
     """Crops without chance, normalised, as evaluation sees them: (C, 3, S, S) float32."""
     size = crops.size
@@ -105,6 +122,15 @@ def windows(store: Store, crops: Crops) -> list[Tensor]:
 def resized(window: Tensor, size: tuple[int, int], crops: Crops) -> Tensor:
     """A window at another size, antialiased: (3, *size) uint8, in any layout."""
     return interpolate(window, size, mode=crops.interpolation, antialias=True)[0]
+
+
+def randaugmented(x: Tensor, plan: GroupPlan, i: int) -> Tensor:
+    """RandAugment's operations of crop i, each by its family alone: (1, 3, S, S) in [0, 1]."""
+    drawn = (plan.operation, plan.level, plan.negative, plan.spot)
+    for turn, operation in enumerate(plan.operation[i].tolist()):
+        if operation in CHANGES:
+            x = CHANGES[operation](x, *(each[i : i + 1, turn] for each in drawn))
+    return x
 
 
 class Crop:

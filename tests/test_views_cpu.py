@@ -224,7 +224,7 @@ def test_randaugment_sees_the_finished_crop_before_its_flip(name: str) -> None:
 
 @pytest.mark.parametrize("size", [8, 17, 112])
 def test_the_whole_chain_stays_near_the_definition(size: int) -> None:
-    """Brightness, contrast and saturation by up to 1.8 each can make of one level 5.8."""
+    """Brightness, contrast and saturation by up to 1.8 each make of one level up to 5.8."""
     store, group = small_store(9), replace(ALL, size=size)
     for step in range(2):
         plan = plan_of(store, group, step)
@@ -264,6 +264,30 @@ def test_a_crop_is_the_same_bits_whatever_it_is_rendered_with(dtype: torch.dtype
     assert torch.equal(batch, kernel.views(store, plan, group, dtype))
     for i in range(len(batch)):
         assert torch.equal(kernel.views(store, alone(plan, i), group, dtype)[0], batch[i])
+
+
+def test_one_thread_renders_and_the_number_of_threads_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, seen = small_store(3), []
+    plan = plan_of(store, ALL)
+    expected = kernel.views(store, plan, ALL, torch.float32)
+    before, resized = torch.get_num_threads(), kernel.resized
+
+    def spied(*given: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return resized(*given)
+
+    monkeypatch.setattr(kernel, "resized", spied)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(kernel.views(store, plan, ALL, torch.float32), expected)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        with pytest.raises(IndexError):
+            kernel.plain_views(store, replace(plan.crops, rows=plan.crops.rows + 3), ALL)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- mixing -------------------------------------------------------------------------------------
