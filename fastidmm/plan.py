@@ -242,6 +242,9 @@ def _draw_operations(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RandAugment's operations, levels, signs and spots, independent of one another."""
     num = group.randaugment
+    if not num:
+        none = torch.zeros(rows.numel(), 0, dtype=torch.int64, device=rows.device)
+        return none, none, none.bool(), none[..., None].expand(-1, -1, 2)
     blocks = torch.arange(2 * num, device=rows.device)
     counter = (epoch, rows[:, None], views[:, None], blocks)
     words = philox(counter, counters.key(Use.OPERATION)).view(rows.numel(), num, 8)

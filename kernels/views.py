@@ -1,6 +1,6 @@
 """All views of a group from uint8 pixels: resize, colours, blur and CutMix in three launches.
 
-`fastidmm.augment.render` is the definition, and the path of every other device. What differs here:
+`fastidmm.augment.render` is the definition; on a CPU `views_cpu` does the work. What differs here:
 sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
 resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
 1/255 where it is bicubic. What the kernels do not know, RandAugment and Mixup, is done to resized
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastidmm import augment, colour
 from fastidmm.batch import ViewGroup
+from fastidmm.kernels import views_cpu
 from fastidmm.plan import Crops, GroupPlan
 from fastidmm.store import Store
 
@@ -40,24 +41,31 @@ PIXELS = 1024  # of a step of `means`
 
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
     """Every crop of a group, finished and mixed: (C, 3, S, S) of `dtype`, channels last."""
-    if triton is None or store.device.type != "cuda":
+    if store.device.type == "cpu":
+        return views_cpu.views(store, plan, group, dtype)
+    if triton is None:
         return reference(store, plan, group, dtype)
     return fused(store, plan, group, dtype)
 
 
 def finish(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
-    """All but the resize, for crops that were resized elsewhere; they may be overwritten.
+    """All but the resize, for crops that were resized elsewhere.
 
-    resized (C, S, S, 3) in [0, 1], floating; returns as `views`.
+    resized (C, S, S, 3) uint8; returns as `views`.
     """
-    if triton is None or not resized.is_cuda:
-        return finish_reference(resized, plan, group, dtype)
-    return finish_fused(resized, plan, group, dtype)
+    if resized.device.type == "cpu":
+        return views_cpu.finish(resized, plan, group, dtype)
+    values = resized.float().mul_(1 / 255)
+    if triton is None:
+        return finish_reference(values, plan, group, dtype)
+    return finish_fused(values, plan, group, dtype)
 
 
 def plain_views(store: Store, crops: Crops, group: ViewGroup) -> Tensor:
     """Crops without chance, normalised, as evaluation sees them: (C, 3, S, S) float32."""
-    if triton is None or store.device.type != "cuda":
+    if store.device.type == "cpu":
+        return views_cpu.plain_views(store, crops, group)
+    if triton is None:
         return augment.render_plain(store, crops, group)
     return colour.normalise(resize(store, crops, torch.float32).permute(0, 3, 1, 2), group)
 
@@ -71,7 +79,10 @@ def reference(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtyp
 def finish_reference(
     resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype
 ) -> Tensor:
-    """The definition of `finish`: the plain renderer's own functions."""
+    """The definition of `finish`, of crops in [0, 1]: the plain renderer's own functions.
+
+    On a CPU they work in place where `resized` is float32.
+    """
     pixels = augment.finished(resized.permute(0, 3, 1, 2).float(), plan, group)
     return augment.MIXES[plan.mix](pixels, plan).to(dtype, memory_format=torch.channels_last)
 

@@ -19,11 +19,12 @@ ROWS, TILES = "kernels/instance_loss_rows.py", "kernels/instance_loss_tiles.py"
 LOGITS, STREAM = "kernels/instance_loss_logits.py", "kernels/instance_loss_stream.py"
 VIEWS, VIEWS_CALL = "kernels/views_programs.py", "kernels/views.py"
 DRAWS, DRAWS_CALL = "kernels/draws_program.py", "kernels/draws.py"
+VIEWS_CPU, WORDS = "kernels/views_cpu.py", "kernels/words.py"
 # The tests that must notice a mistake in a file: tests/test_NAME.py.
 TESTS = {
     ROWS: "instance_loss_fused", LOGITS: "instance_loss_fused", TILES: "instance_loss_stream",
     STREAM: "instance_loss_stream", VIEWS: "views", VIEWS_CALL: "views", DRAWS: "draws",
-    DRAWS_CALL: "draws",
+    DRAWS_CALL: "draws", VIEWS_CPU: "views_cpu", WORDS: "chance",
 }  # fmt: skip
 
 # Name: the file, and pairs of what stands there and what is put in its place.
@@ -129,6 +130,35 @@ MUTANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "D: operations by the crop's key": (DRAWS, [("operation_key, epoch, row, view, 2 * turn)", "key, epoch, row, view, 2 * turn)")]),
     "D: levels from 0": (DRAWS, [("1 + _below(c, 9)", "_below(c, 9)")]),
     "D: solarize by blur's chance": (DRAWS, [("a < tl.load(chances + 4)", "a < tl.load(chances + 3)")]),
+    "C: no antialiasing": (VIEWS_CPU, [("antialias=True", "antialias=False")]),
+    "C: always bilinear": (VIEWS_CPU, [("mode=crops.interpolation", 'mode="bilinear"')]),
+    "C: pixels of the row above": (VIEWS_CPU, [("3 * (top * wide + left)", "3 * (top * (wide - 1) + left)")]),
+    "C: memory's offset forgotten": (VIEWS_CPU, [("base + start +", "start +")]),
+    "C: evaluation from the corner": (VIEWS_CPU, [("whole[:, top : top + size, left : left + size]", "whole[:, :size, :size]")]),
+    "C: chances of another crop": (VIEWS_CPU, [("sigma, solarize = chances[i]", "sigma, solarize = chances[i - 1]")]),
+    "C: flip before RandAugment": (VIEWS_CPU, [("if flip and not group.randaugment else", "if flip else"), ("changed.flip(-1) if flip else changed", "changed")]),
+    "C: gray by two channels": (VIEWS_CPU, [("self.bytes[:2], self.bytes[1:]", "self.bytes[:1], self.bytes[1:2]")]),
+    "C: brightness leaves the lift": (VIEWS_CPU, [("self.lift = base + (self.lift - base) * amount", "self.lift += base * (1 - amount)")]),
+    "C: brightness not clamped": (VIEWS_CPU, [("        self._clamp(factor)\n\n    def _clamp", "\n    def _clamp")]),
+    "C: saturation not clamped": (VIEWS_CPU, [("1 - factor)\n        self._clamp(factor)", "1 - factor)")]),
+    "C: clamped by levels": (VIEWS_CPU, [("clamp_(-self.lift / self.gain, (255 - self.lift) / self.gain)", "clamp_(0, 255)")]),
+    "C: contrast about the values' mean": (VIEWS_CPU, [("self.gain * total / self.planes[0].numel() + self.lift", "total / self.planes[0].numel()")]),
+    "C: another luma": (VIEWS_CPU, [("torch.tensor([LUMA])", "torch.tensor([[0.3, 0.5, 0.2]])")]),
+    "C: hue turned back": (VIEWS_CPU, [("6 * turns - own", "-6 * turns - own")]),
+    "C: green and blue swapped": (VIEWS_CPU, [("zip((0, 2, 4), self.aways", "zip((0, 4, 2), self.aways")]),
+    "C: circle not closed": (VIEWS_CPU, [(".abs_().sub_(chroma, alpha=3).abs_()", ".abs_().neg_().add_(chroma, alpha=3)")]),
+    "C: solarize of values": (VIEWS_CPU, [("(255 - 2 * self.lift) / self.gain", "255")]),
+    "C: blur too narrow": (VIEWS_CPU, [("math.ceil(4 * sigma)", "math.ceil(2 * sigma)")]),
+    "C: blur not normalised": (VIEWS_CPU, [("    taps /= taps[0].sum()\n", "")]),
+    "C: odd blocks left": (VIEWS_CPU, [("    torch.mm(odd[:, :reach], taps.T, out=pairs[:-1, block:])\n", "")]),
+    "C: black beyond the edge": (VIEWS_CPU, [('mode="replicate"', 'mode="constant"')]),
+    "C: deviation forgotten": (VIEWS_CPU, [("alpha=self.gain / (255 * std)", "alpha=self.gain / 255")]),
+    "C: pasted from pasted": (VIEWS_CPU, [("left:right].clone()))", "left:right]))")]),
+    "C: shares swapped": (VIEWS_CPU, [("torch.lerp(x[plan.partner], x,", "torch.lerp(x, x[plan.partner],")]),
+    "C: mixed after rounding": (VIEWS_CPU, [('torch.float32 if plan.mix == "mixup" else dtype', "dtype"), ("plan.weight[:, None", "plan.weight.to(x.dtype)[:, None")]),
+    "C: threads as they are": (VIEWS_CPU, [("    torch.set_num_threads(1)\n", "")]),
+    "W: key not raised": (WORDS, [("k0, k1 = (k0 + 0x9E3779B9)", "k0, k1 = (k0 + 0)")]),
+    "W: counters not cut": (WORDS, [(".astype(np.uint64) & word for", ".astype(np.uint64) for")]),
     "D: halves of the key swapped": (DRAWS_CALL, [("low | high << 32", "high | low << 32")]),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from fastidmm.chance import (
     permutation,
     philox,
     ratio_table,
+    rounds,
     uniform,
 )
 
@@ -44,10 +45,11 @@ def words_of(num: int, use: Use = Use.CROP, seed: int = 0, attempt: int = 0) -> 
 def test_philox_gives_the_published_words(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
-    assert philox(tuple(torch.tensor(c) for c in counter), key).tolist() == list(expected)
-    for only in range(4):  # one tensor among whole numbers, in every place
-        mixed = tuple(torch.tensor(c) if i == only else c for i, c in enumerate(counter))
-        assert philox(mixed, key).tolist() == list(expected)
+    for words in (philox, rounds):  # what a CPU is given, and the definition
+        assert words(tuple(torch.tensor(c) for c in counter), key).tolist() == list(expected)
+        for only in range(4):  # one tensor among whole numbers, in every place
+            mixed = tuple(torch.tensor(c) if i == only else c for i, c in enumerate(counter))
+            assert words(mixed, key).tolist() == list(expected)
 
 
 def test_philox_broadcasts_and_wraps_its_counters() -> None:

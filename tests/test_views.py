@@ -13,6 +13,7 @@ from fastidmm import augment
 from fastidmm.batch import Interpolation, ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.kernels import views as kernel
+from fastidmm.kernels import views_cpu
 from fastidmm.plan import GroupPlan, central_crops, crops_of_boxes, draw
 from fastidmm.randaugment import FAMILIES, NONE, OPERATIONS
 from fastidmm.store import Store
@@ -159,18 +160,20 @@ def test_what_is_partly_fused_is_the_renderers_too() -> None:
         compare(ours, augment.render(store, plan, group), mean=0.1, most=0.6)
 
 
-def test_plain_views_are_the_renderers_on_a_cpu() -> None:
-    store = photographs()
-    crops = central_crops(torch.arange(3), store.height, store.width, size=16, resize=18)
-    found = kernel.plain_views(store, crops, PLAIN)
-    assert torch.equal(found, augment.render_plain(store, crops, PLAIN))
-
-
-def test_the_public_function_gives_the_definition_on_a_cpu() -> None:
+def test_a_cpu_has_renderers_of_its_own() -> None:
+    """Which `test_views_cpu.py` holds against the definition."""
     store, plan, group = opposite()
     found = kernel.views(store, plan, group, torch.bfloat16)
-    expected = augment.render(store, plan, group).bfloat16()
-    assert torch.equal(found, expected)
+    assert torch.equal(found, views_cpu.views(store, plan, group, torch.bfloat16))
+    crops = central_crops(torch.arange(2), store.height, store.width, size=16, resize=18)
+    found = kernel.plain_views(store, crops, PLAIN)
+    assert torch.equal(found, views_cpu.plain_views(store, crops, PLAIN))
+
+
+def test_the_reference_is_the_plain_renderer() -> None:
+    store, plan, group = opposite()
+    found = kernel.reference(store, plan, group, torch.bfloat16)
+    assert torch.equal(found, augment.render(store, plan, group).bfloat16())
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 

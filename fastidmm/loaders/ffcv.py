@@ -101,7 +101,8 @@ class FFCV(Planned):
                 plan = self.plan(step) if self.copying else plans.get()
                 there = self._brought(crops)
                 pixels = [
-                    finish(_resized(each), group_plan, group, self.dtype)
+                    # From (B, views, S, S, 3) to one view of all images after the other.
+                    finish(each.transpose(0, 1).flatten(0, 1), group_plan, group, self.dtype)
                     for each, group_plan, group in zip(
                         there, plan.groups, self.method.views, strict=True
                     )
@@ -135,8 +136,3 @@ class FFCV(Planned):
         for each in there:
             each.record_stream(user)
         return there
-
-
-def _resized(crops: Tensor) -> Tensor:
-    """(B, views, S, S, 3) uint8 as `finish` takes it: (C, S, S, 3) float32, view by view."""
-    return crops.transpose(0, 1).flatten(0, 1).float().mul_(1 / 255)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastidmm import checkpoint
 from fastidmm.assemble import build_method
-from fastidmm.augment import render
 from fastidmm.batch import Method, ViewGroup
 from fastidmm.chance import Counters
+from fastidmm.kernels.views import views
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.record import Record
 from fastidmm.store import Store, read_json
@@ -117,7 +117,7 @@ def _views(
     store: Store, plan: GroupPlan, group: ViewGroup, side: int, name: Callable[[int], str]
 ) -> Iterator[View]:
     """One image's views of a group, finished and mixed."""
-    pixels = render(store, plan, group)
+    pixels = views(store, plan, group, torch.float32)
     for crop in range(group.count):
         own, partner = (int(plan.crops.rows[i]) for i in (crop, int(plan.partner[crop])))
         yield View(
