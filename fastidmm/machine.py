@@ -26,7 +26,8 @@ def set_up(device_name: str, *, exact: bool) -> torch.device:
         torch.cuda.set_device(device)  # events and streams are of the current device
     torch.set_num_threads(cpu_threads())
     keep_freed_memory()
-    torch.use_deterministic_algorithms(exact)
+    if torch.are_deterministic_algorithms_enabled() != exact:  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(exact)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
     return device
 
