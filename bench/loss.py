@@ -1,6 +1,6 @@
 """The instance loss beside its peers: time, memory and gradient error of forward and backward.
 
-    fastidmm bench loss [--json]
+    fastidmm bench loss [--json FILE]
 
 All arms compute the same loss: two-hot targets of one kept share, smoothing over all N, the mean
 over the crops, no bias (two peers have none), gradients for fp32 weights under bf16 autocast. They
@@ -11,7 +11,7 @@ products alone: fp32 logits, bf16 d-logits, fp32 dW. A peer that is not installe
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module, metadata
+from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from fastidmm.bench.figures import Rows, measured, result
 from fastidmm.kernels.instance_loss import instance_loss
+from fastidmm.machine import name_of
 
 SHAPES = [(1536, 2040, 192), (6144, 10_000, 384), (1536, 1_281_167, 192)]  # B, N, D
 SMALL = [(96, 500, 192), (64, 2040, 192)]  # where there is no GPU
@@ -200,7 +202,7 @@ def gradient_error(arm: Arm, case: Case) -> dict[str, float]:
         true_z += g @ w.double()
         gap, size = gap + (found - true).square().sum(), size + true.square().sum()
     error = (part.z.grad - true_z).norm() / true_z.norm()
-    return {"z": error.item(), "weight": (gap / size).sqrt().item()}
+    return {"error_z": error.item(), "error_weight": (gap / size).sqrt().item()}
 
 
 def graphed(work: Callable[[], None]) -> Callable[[], None] | None:
@@ -230,47 +232,47 @@ def milliseconds(work: Callable[[], None], cache: Tensor | None) -> float:
     return float(start.elapsed_time(end))
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Median and middle half of the raw values, and the values."""
-    found = sorted(values)
-    quarter = len(found) // 4
-    return {
-        "ms": found[len(found) // 2],
-        "spread": [found[quarter], found[-1 - quarter]],
-        "raw": [round(v, 5) for v in values],
-    }
-
-
-def measure(shape: tuple[int, int, int], device: torch.device, rounds: int) -> dict[str, Any]:
+def rows_at(shape: tuple[int, int, int], device: torch.device, rounds: int) -> Rows:
     """Every arm at one shape."""
     case = made(shape, device)
     cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if case.z.is_cuda else None
     # Every graph keeps its own memory; where the work takes milliseconds it would gain nothing.
     small = shape[0] * shape[1] < 1 << 28
-    found: dict[str, Any] = {}
+    rows: Rows = {}
     calls: dict[str, dict[str, Callable[[], None]]] = {}
     for name, make in arms(device):
         try:
             arm = make()
-            found[name] = {"error": gradient_error(arm, case)}
+            errors = gradient_error(arm, case)
             calls[name] = {"eager": lambda arm=arm: once(arm, case)}  # type: ignore[misc]
-            found[name] |= prepared(calls[name], small)
+            rows[name] = errors | prepared(calls[name], small)
         except Exception as problem:  # not installed, no memory: the others are worth having
-            found[name] = {"skipped": f"{type(problem).__name__}: {problem}"[:200]}
+            rows[name] = {"status": status(problem)}
             calls.pop(name, None)
     calls["floor"] = {"eager": floor(case)}
-    found["floor"] = prepared(calls["floor"], small)
+    rows["floor"] = prepared(calls["floor"], small)
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         for name, ways in calls.items():
             for way, work in ways.items():
                 times.setdefault((name, way), []).append(milliseconds(work, cache))
-    for (name, way), values in times.items():
-        found[name][way] = summary(values)
-    return {"B": shape[0], "N": shape[1], "D": shape[2], "arms": found}
+    for name in calls:
+        eager = measured(times[name, "eager"])
+        # Training replays graphs.
+        best = measured(times[name, "graph"]) if (name, "graph") in times else eager
+        spent = {"milliseconds": best, "eager_milliseconds": eager}
+        rows[name] = {"status": "ok", **spent, **rows[name]}
+    return rows
 
 
-def prepared(ways: dict[str, Callable[[], None]], small: bool) -> dict[str, Any]:
+def status(problem: Exception) -> str:
+    """Why an arm has no figures."""
+    if isinstance(problem, ImportError):
+        return f"missing: {problem}: pip install 'fastidmm[bench]'"
+    return f"failed: {type(problem).__name__}: {problem}".splitlines()[0][:200]
+
+
+def prepared(ways: dict[str, Callable[[], None]], small: bool) -> dict[str, float]:
     """Warms the work up, notes its peak memory beyond what was there, adds a small one's graph."""
     work = ways["eager"]
     for _ in range(3):
@@ -285,47 +287,21 @@ def prepared(ways: dict[str, Callable[[], None]], small: bool) -> dict[str, Any]
     captured = graphed(work) if small else None
     if captured is not None:
         ways["graph"] = captured
-    return {"peak_bytes": peak}
+    return {"gpu_mb": peak / 1e6}
 
 
-def run(rounds: int = 50, shapes: list[tuple[int, int, int]] | None = None) -> dict[str, Any]:
-    """Where, with which versions, and every arm at every shape; on a CPU small ones."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    versions = {}
-    for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+def measure(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    rounds: int | None = None,
+    shapes: list[tuple[int, int, int]] | None = None,
+) -> dict[str, Any]:
+    """Every arm at every shape; on a CPU small ones."""
+    rounds = rounds or (10 if quick else 50)
     chosen = shapes or (SHAPES if device.type == "cuda" else SMALL)
-    return {
-        "device": where,
-        "versions": versions,
-        "shapes": [measure(shape, device, rounds) for shape in chosen],
+    tables = {
+        f"B = {b}, N = {n}, D = {d}": rows_at((b, n, d), device, rounds) for b, n, d in chosen
     }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The medians, as text: a graph's where there is one, since training replays graphs."""
-    lines = [f"forward + backward on {found['device']}, bf16 autocast on a GPU"]
-    for shape in found["shapes"]:
-        lines.append(f"\nB = {shape['B']}, N = {shape['N']}, D = {shape['D']}")
-        lines.append(
-            f"{'':28}{'ms':>9}{'middle half':>18}{'eager ms':>10}{'MiB':>8}{'dz':>9}{'dW':>9}"
-        )
-        for name, arm in shape["arms"].items():
-            lines.append(f"{name:28}{row(arm)}")
-    return "\n".join(lines)
-
-
-def row(arm: dict[str, Any]) -> str:
-    """One arm's numbers."""
-    if "skipped" in arm:
-        return "  " + str(arm["skipped"]).splitlines()[0]
-    best = arm.get("graph", arm["eager"])
-    low, high = best["spread"]
-    memory = f"{arm['peak_bytes'] / 2**20:8.0f}" if "peak_bytes" in arm else f"{'':8}"
-    error = arm.get("error", {})
-    gaps = "".join(f"{error[k]:9.1e}" if k in error else f"{'':9}" for k in ("z", "weight"))
-    return f"{best['ms']:9.3f}{low:9.3f}{high:9.3f}{arm['eager']['ms']:10.3f}{memory}{gaps}"
+    about = f"forward and backward on {name_of(device)}, bf16 autocast on a GPU"
+    return result("loss", about, tables, settings={"rounds": rounds, "shapes": chosen})

@@ -1,6 +1,6 @@
 """Milliseconds to make all views of a batch from pixels on the device, beside what others do.
 
-    fastidmm bench views [--size 112] [--images 256] [--json]
+    fastidmm bench views [--size 112] [--images 256] [--json FILE]
 
 The views of IDMM's pretraining: two large crops and four small ones of each image, jitter, gray,
 blur, normalise, CutMix. `kornia` and `torchvision` are their own chains for that, on the same
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from fastidmm.augment import render
 from fastidmm.batch import ViewGroup
+from fastidmm.bench.figures import Rows, measured, result
+from fastidmm.bench.made import views_of_idmm
 from fastidmm.chance import Counters
 from fastidmm.kernels.views import views
 from fastidmm.machine import name_of
-from fastidmm.methods.idmm import IDMM, IDMMOptions
 from fastidmm.plan import GroupPlan, draw
 from fastidmm.store import Store
 
@@ -31,10 +32,18 @@ HEIGHT, WIDTH = 500, 667
 
 
 def measure(
-    device: torch.device, *, size: int, num_images: int, repeats: int, warm: int = 2
+    device: torch.device,
+    *,
+    quick: bool = False,
+    size: int = 112,
+    num_images: int | None = None,
+    repeats: int | None = None,
+    warm: int = 2,
 ) -> dict[str, Any]:
-    """Time every way there is on `device`; milliseconds of a batch, as measured."""
-    groups = _groups(size)
+    """Time every way there is on `device`; milliseconds of a batch."""
+    num_images = num_images or (256 if device.type == "cuda" else 8)
+    repeats = repeats or (4 if quick else 10)
+    groups = views_of_idmm(size, 2).views
     store = _photographs(num_images, device)
     plans = _plans(store, groups)
     arms = _arms(store, groups, plans)
@@ -43,39 +52,24 @@ def measure(
         for name, arm in arms.items():
             spent = _milliseconds(arm, device)
             if repeat >= warm:
-                milliseconds[name].append(round(spent, 3))
-    return {
-        "device": name_of(device),
-        "torch": torch.__version__,
-        "size": size,
-        "crops": num_images * sum(group.count for group in groups),
-        "source": [HEIGHT, WIDTH],
-        "mean_difference": _difference(store, groups, plans),
-        "results": [{"name": name, "milliseconds": spent} for name, spent in milliseconds.items()],
+                milliseconds[name].append(spent)
+    base = median(milliseconds["fastidmm"])
+    rows: Rows = {
+        name: {"status": "ok", "milliseconds": measured(spent), "times": median(spent) / base}
+        for name, spent in milliseconds.items()
     }
-
-
-def text(told: dict[str, Any]) -> str:
-    """A measurement as a table: median, least and most, and how many times the first."""
-    high, wide = told["source"]
-    lines = [
-        f"{told['crops']:,} crops of {told['size']} px from {high} x {wide} px, {told['device']}",
-        f"views differ from the plain renderer's by {told['mean_difference']:.3f}/255 on average",
-        f"{'':14}{'ms':>10}  {'(least to most)':22}{'times':>6}",
-    ]
-    base = median(told["results"][0]["milliseconds"])
-    for result in told["results"]:
-        spent = result["milliseconds"]
-        spread = f"({min(spent):,.2f} to {max(spent):,.2f})"
-        middle = median(spent)
-        lines.append(f"{result['name']:14}{middle:10,.2f}  {spread:22}{middle / base:6.2f}")
-    return "\n".join(lines)
-
-
-def _groups(size: int) -> list[ViewGroup]:
-    backbone = nn.Identity()
-    backbone.num_features = 1  # type: ignore[assignment]
-    return IDMM(backbone, IDMMOptions(), resolution=size, num_rows=2).views
+    if "kornia" not in rows:
+        rows["kornia"] = {"status": "missing: kornia is not installed: pip install kornia"}
+    crops = num_images * sum(group.count for group in groups)
+    apart = _difference(store, groups, plans)
+    return result(
+        "views",
+        f"{crops:,} crops of {size} px from {HEIGHT} x {WIDTH} px, {name_of(device)}",
+        {"views": rows},
+        settings={"size": size, "images": num_images, "crops": crops, "repeats": repeats,
+                  "mean_difference": apart},
+        notes=[f"views differ from the plain renderer's by {apart:.3f}/255 on average"],
+    )  # fmt: skip
 
 
 def _photographs(num: int, device: torch.device) -> Store:

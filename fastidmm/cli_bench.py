@@ -1,35 +1,27 @@
 """The commands under `fastidmm bench`: what this machine does in a second."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastidmm.options import DeviceOption, JsonOption, answer
+from fastidmm.options import DeviceOption
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    import torch
 
+bench = typer.Typer(
+    help="Measure this machine: views, loss, preparing.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
-@bench.command("prepare")
-def bench_prepare(
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Photographs. [default: made-up ones]")
-    ] = None,
-    num_images: Annotated[int, typer.Option("--images", min=2, help="How many made-up.")] = 400,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
-    cores: Annotated[
-        list[int] | None, typer.Option("--cores", help="Repeatable. [default: 1, 2, 4, ..., all]")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Images per second that are prepared, by cores.
-
-    Example: fastidmm bench prepare --from ~/photos
-    """
-    from fastidmm.bench.prepare import measure, text
-
-    found = measure(source, num_images=num_images, repeats=repeats, cores=cores)
-    answer(found, as_json, lambda: text(found))
+QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer measurements.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write every number there; -: print them instead.")
+]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write a page there.")]
 
 
 @bench.command("views")
@@ -38,33 +30,92 @@ def bench_views(
     num_images: Annotated[
         int | None, typer.Option("--images", min=4, help="[default: 256 on a GPU, 8 on a CPU]")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 10,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of each. [default: 10, quick 4]")
+    ] = None,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
 ) -> None:
     """Milliseconds to make a batch's views, beside other libraries.
 
     Example: fastidmm bench views --size 224
     """
-    from fastidmm.bench.views import measure, text
-    from fastidmm.machine import device_of
+    from fastidmm.bench.views import measure
 
-    place = device_of(device or "auto")
-    images = num_images or (256 if place.type == "cuda" else 8)
-    found = measure(place, size=size, num_images=images, repeats=repeats)
-    answer(found, as_json, lambda: text(found))
+    place = _place(device)
+    _told(
+        lambda: measure(place, quick=quick, size=size, num_images=num_images, repeats=repeats),
+        json, html,
+    )  # fmt: skip
 
 
 @bench.command("loss")
 def bench_loss(
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 50,
-    as_json: JsonOption = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of each. [default: 50, quick 10]")
+    ] = None,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
 ) -> None:
     """Time, memory and error of the instance loss, beside other libraries.
 
-    Example: fastidmm bench loss --json
+    Example: fastidmm bench loss --json loss.json
     """
-    from fastidmm.bench.loss import run, table
+    from fastidmm.bench.loss import measure
 
-    found = run(rounds=rounds)
-    answer(found, as_json, lambda: table(found))
+    place = _place(None)
+    _told(lambda: measure(place, quick=quick, rounds=rounds), json, html)
+
+
+@bench.command("prepare")
+def bench_prepare(
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Photographs. [default: made-up ones]")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--images", min=2, help="How many made-up. [default: 400]")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of each. [default: 5, quick 3]")
+    ] = None,
+    cores: Annotated[
+        list[int] | None, typer.Option("--cores", help="Repeatable. [default: 1, 2, 4, ..., all]")
+    ] = None,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Images per second that are prepared, by cores.
+
+    Example: fastidmm bench prepare --from ~/photos
+    """
+    from fastidmm.bench.prepare import measure
+
+    _told(
+        lambda: measure(
+            source, quick=quick, num_images=num_images, repeats=repeats, cores=cores
+        ),
+        json, html,
+    )  # fmt: skip
+
+
+def _place(device: str | None) -> "torch.device":
+    """The device, with as many threads as training has there."""
+    from fastidmm.machine import set_up
+
+    return set_up(device or "auto", exact=False)
+
+
+def _told(
+    measure: Callable[[], dict[str, Any]], json: Path | None, html: Path | None, **more: Path | None
+) -> dict[str, Any]:
+    """Measure, once it is clear that the answer can be written, and tell it."""
+    from fastidmm.bench.answers import check, tell
+
+    check(json=json, html=html, **more)
+    found = measure()
+    tell(found, json_file=json, html_file=html)
+    return found

@@ -10,6 +10,7 @@ from loss_truth import truth
 from torch.nn.functional import cross_entropy
 
 from fastidmm.bench import loss as bench
+from fastidmm.bench.figures import text
 
 CPU = torch.device("cpu")
 
@@ -33,25 +34,30 @@ def test_all_arms_are_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(arm(case).double(), true.loss, rtol=1e-5, atol=1e-5, msg=name)
         assert all(v < 1e-5 for v in bench.gradient_error(arm, case).values()), name
     half = bench.gradient_error(lambda c: 0.5 * bench.ours(c), case)
-    assert half["z"] == pytest.approx(0.5, rel=1e-4)
-    assert half["weight"] == pytest.approx(0.5, rel=1e-4)
+    assert half["error_z"] == pytest.approx(0.5, rel=1e-4)
+    assert half["error_weight"] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_run_and_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a CPU's run")
+
+    def broken() -> bench.Arm:
+        raise ValueError("no such loss\nat all")
+
     arms = list(bench.arms(CPU))
-    monkeypatch.setattr(bench, "arms", lambda _: [*arms, ("cut-cross-entropy", bench.cut)])
+    more = [("cut-cross-entropy", bench.cut), ("broken", broken)]
+    monkeypatch.setattr(bench, "arms", lambda _: [*arms, *more])
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
-    found = bench.run(rounds=4, shapes=[(5, 20, 16)])
-    (shape,) = found["shapes"]
-    assert (found["device"], shape["B"], shape["N"], shape["D"]) == ("CPU", 5, 20, 16)
+    found = bench.measure(CPU, rounds=4, shapes=[(5, 20, 16)])
+    rows = found["tables"]["B = 5, N = 20, D = 16"]
     for name in ("fastidmm", "eager, soft target", "eager, smoothed twice", "floor"):
-        eager = shape["arms"][name]["eager"]
-        assert len(eager["raw"]) == 4 and min(eager["raw"]) <= eager["ms"] <= max(eager["raw"]) + 1
-    assert shape["arms"]["cut-cross-entropy"]["skipped"].startswith("ModuleNotFoundError")
-    lines = bench.table(found).splitlines()
+        eager = rows[name]["milliseconds"]
+        assert rows[name]["status"] == "ok" and len(eager["raw"]) == 4
+        assert min(eager["raw"]) <= eager["low"] <= eager["median"] <= max(eager["raw"])
+    assert rows["cut-cross-entropy"]["status"].startswith("missing: import of cut_cross_entropy")
+    assert rows["cut-cross-entropy"]["status"].endswith("pip install 'fastidmm[bench]'")
+    assert rows["broken"] == {"status": "failed: ValueError: no such loss"}
+    lines = text(found).splitlines()
     assert any(line.startswith("fastidmm ") and "e-" in line for line in lines)
-    assert any(
-        line.startswith("cut-cross-entropy") and "ModuleNotFoundError" in line for line in lines
-    )
+    assert any(line.startswith("broken ") and "no such loss" in line for line in lines)

@@ -1,0 +1,46 @@
+"""Where a result goes: the terminal, a JSON file, a page."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastidmm.bench import figures, page
+from fastidmm.errors import UsageError
+
+STDOUT = Path("-")
+
+
+def check(**files: Path | None) -> None:
+    """Refuse a place that nothing can be written to, before anything is measured."""
+    for flag, path in files.items():
+        if path is None or (path == STDOUT and flag == "json"):
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(f"--{flag} {path}: name a file in a folder that is there.")
+
+
+def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | None) -> None:
+    """Print a result, or several under "subjects", and write it to the files asked for.
+
+    With `--json -` the JSON alone is printed.
+    """
+    told = json.dumps(found, indent=2)
+    if html_file is not None:
+        write(html_file, page.html(found))
+    if json_file == STDOUT:
+        print(told)
+        return
+    if json_file is not None:
+        write(json_file, told + "\n")
+    print("\n\n".join(map(figures.text, page.subjects(found))))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file beside its place, and put it there whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
