@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastidmm.options import DeviceOption
+from fastidmm.errors import UsageError
+from fastidmm.options import BackboneOption, BatchOption, DeviceOption
 
 if TYPE_CHECKING:
     import torch
 
 bench = typer.Typer(
-    help="Measure this machine: views, loss, preparing.",
+    help="Measure this machine: loaders, views, loss, preparing.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -22,6 +23,40 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write every number there; -: print them instead.")
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write a page there.")]
+
+
+@bench.command("loader")
+def bench_loader(
+    dataset: Annotated[str | None, typer.Option(help="A prepared dataset.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Photographs. [default: made-up ones]")
+    ] = None,
+    loaders: Annotated[
+        list[str] | None, typer.Option("--loader", help="Repeatable. [default: all]")
+    ] = None,
+    batch_size: BatchOption = None,
+    backbone: BackboneOption = None,
+    device: DeviceOption = None,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Images per second of every loader, what they cost, how long training waits.
+
+    Example: fastidmm bench loader --dataset demo
+    """
+    from fastidmm.bench.loader import arms, measure
+
+    if dataset is not None and source is not None:
+        raise UsageError("--dataset and --from: give one of them.")
+    place, chosen = _place(device), arms(loaders)
+    _told(
+        lambda: measure(
+            place, quick=quick, chosen=chosen, dataset=dataset, photographs=source,
+            batch_size=batch_size, backbone=backbone,
+        ),
+        json, html,
+    )  # fmt: skip
 
 
 @bench.command("views")
