@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastidmm.errors import UsageError
-from fastidmm.options import BackboneOption, BatchOption, DeviceOption
+from fastidmm.options import BackboneOption, BatchOption, DeviceOption, MethodOption
 
 if TYPE_CHECKING:
     import torch
 
 bench = typer.Typer(
-    help="Measure this machine: loaders, views, loss, preparing.",
+    help="Measure this machine: loaders, views, loss, preparing, training steps.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -134,6 +134,36 @@ def bench_prepare(
             source, quick=quick, num_images=num_images, repeats=repeats, cores=cores
         ),
         json, html,
+    )  # fmt: skip
+
+
+@bench.command("step")
+def bench_step(
+    backbone: BackboneOption = None,
+    method: MethodOption = None,
+    resolution: Annotated[int, typer.Option(min=8, help="Side of a crop, px.")] = 112,
+    batch_size: BatchOption = None,
+    device: DeviceOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write three steps there, for chrome://tracing.")
+    ] = None,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Where a training step's time goes: views, forward, loss, backward, update.
+
+    Example: fastidmm bench step --backbone deit_tiny --trace step.json
+    """
+    from fastidmm.bench.step import measure
+
+    place = _place(device)
+    _told(
+        lambda: measure(
+            place, quick=quick, backbone=backbone, method=method or "idmm",
+            resolution=resolution, batch_size=batch_size, trace=trace,
+        ),
+        json, html, trace=trace,
     )  # fmt: skip
 
 

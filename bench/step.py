@@ -1,0 +1,255 @@
+"""Where the time of a training step goes, and how much of the GPU's arithmetic it uses.
+
+    fastidmm bench step [--backbone deit_tiny] [--resolution 112] [--trace FILE] [--quick]
+
+Pictures are made up and in memory already (`loader resident`). The parts are measured inside whole
+steps, by events of the GPU or on the clock of a CPU: `views` with the plan, `forward` of the
+backbone, `loss` with the head, `backward`, `update`. `step` is measured without those marks, many
+in a row and waited for at the end; `one batch` is the same on one batch again and again, so that
+the difference is what views cost. The three take turns.
+
+MFU is 3 times the FLOP of a forward pass (torch's counter, one image on the CPU) over the time of a
+step and the GPU's dense bf16 peak by its data sheet. Counted backward passes would be too many:
+torch takes grouped convolutions for full ones there.
+"""
+
+import copy
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastidmm.assemble import Parts
+from fastidmm.batch import Batch, Method
+from fastidmm.bench.figures import Rows, measured, result, stall
+from fastidmm.bench.made import noise, workplace
+from fastidmm.bench.training import assembled, one_step
+from fastidmm.loaders.resident import Resident
+from fastidmm.machine import name_of
+
+NUM = 2040  # rows, as the Flowers have: the head has an output for each
+PARTS = ("views", "forward", "loss", "backward", "update")
+# Dense bf16 FLOP/s by the data sheets, of GPUs by their own names.
+PEAKS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+Times = dict[str, list[float]]  # seconds of a step, or of a part of it
+
+
+def measure(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    backbone: str | None = None,
+    method: str = "idmm",
+    resolution: int = 112,
+    batch_size: int | None = None,
+    trace: Path | None = None,
+) -> dict[str, Any]:
+    """Time steps and their parts; the default is the paper's DeiT-Tiny, on a CPU a small ViT."""
+    gpu = device.type == "cuda"
+    repeats, steps = (3 if quick else 5), (20 if gpu else 1)
+    size = batch_size or (256 if gpu else 8)
+    run = {
+        "dataset": "noise", "backbone": backbone or ("deit_tiny" if gpu else "vit_micro"),
+        "method": method, "resolution": resolution, "batch_size": size, "loader": "resident",
+        "device": str(device),
+    }  # fmt: skip
+    store = noise(NUM, NUM if gpu else 2 * size)
+    with workplace() as work:
+        parts = assembled({"run": run}, store, work)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = times_of(parts, repeats, steps)
+        peak_bytes = torch.cuda.max_memory_allocated() if gpu else None
+        if trace is not None:
+            write_trace(parts, trace)
+        flop = flop_of_image(parts.method, next(batches(parts))) * size
+    peak = PEAKS.get(name_of(device)) if parts.dtype == torch.bfloat16 else None
+    crops = size * sum(group.count for group in parts.method.views)
+    rows = rows_of(times, images=size, crops=crops, flop=flop, peak=peak)
+    rows["step"]["gpu_mb"] = peak_bytes and peak_bytes / 1e6
+    lost = measured([stall(*pair) for pair in zip(times["one batch"], times["step"], strict=True)])
+    return result(
+        "step",
+        f"{method}, {run['backbone']}, {size} images of {resolution} px, {name_of(device)}",
+        {"step": rows},
+        settings=run | {"repeats": repeats, "steps": steps, "flop": flop, "peak_flops": peak},
+        notes=[
+            f"{flop / 1e9:,.0f} GFLOP a step, of which {lost['median']:.1%} "
+            f"({lost['low']:.1%} to {lost['high']:.1%}) is lost to plan and views"
+        ],
+    )
+
+
+def rows_of(times: Times, *, images: int, crops: int, flop: float, peak: float | None) -> Rows:
+    """The table of a step of so many images, crops and FLOP; `peak` in FLOP/s, if known."""
+    rows: Rows = {}
+    for name, seconds in times.items():
+        spent = measured([1000 * s for s in seconds])
+        rows[name] = {"status": "ok", "milliseconds": spent}
+    whole = times["step"]
+    rows["step"] |= {
+        "images_per_second": measured([images / s for s in whole]),
+        "crops_per_second": measured([crops / s for s in whole]),
+        "mfu": peak and measured([flop / s / peak for s in whole]),
+    }
+    total = sum(rows[name]["milliseconds"]["median"] for name in PARTS)
+    for name in PARTS:
+        rows[name]["share"] = rows[name]["milliseconds"]["median"] / total
+    return rows
+
+
+def batches(parts: Parts) -> Iterator[Batch]:
+    """A batch for every step, made when it is asked for: nothing runs beside the step."""
+    assert isinstance(parts.loader, Resident)
+    return map(parts.loader.batch, count())
+
+
+def times_of(parts: Parts, repeats: int, steps: int) -> Times:
+    """Seconds of a whole step, of one on the same batch again, and of each part, by turns."""
+    device = parts.store.device
+    coming = batches(parts)
+    still = next(coming)
+    found: Times = {name: [] for name in ("step", "one batch", *PARTS)}
+    for repeat in range(-1, repeats):  # one to warm up
+        whole = _mean(device, steps, lambda: one_step(parts, next(coming)))
+        alone = _mean(device, steps, lambda: one_step(parts, still))
+        marked = _parts(parts, coming, steps)
+        if repeat >= 0:
+            for name, seconds in {"step": whole, "one batch": alone, **marked}.items():
+                found[name].append(seconds)
+    return found
+
+
+def _mean(device: torch.device, num: int, work: Callable[[], None]) -> float:
+    """Seconds of one of `num` calls in a row, waited for at both ends."""
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(num):
+        work()
+    _wait(device)
+    return (time.perf_counter() - began) / num
+
+
+def _parts(parts: Parts, coming: Iterator[Batch], num: int) -> dict[str, float]:
+    """Mean seconds of each part over `num` steps."""
+    marks = Marks(parts.store.device)
+    with marks.within(parts.method):
+        for _ in range(num):
+            marks("")
+            batch = next(coming)
+            marks("views")
+            one_step(parts, batch, marks)
+    _wait(parts.store.device)
+    return {name: seconds / num for name, seconds in marks.seconds().items()}
+
+
+class Marks:
+    """Moments of a step, each named by what ends there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        self.made: list[tuple[str, Any]] = []
+
+    def __call__(self, ended: str) -> None:
+        """Note this moment, at which `ended` does."""
+        moment: Any = time.perf_counter()
+        if self.gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.made.append((ended, moment))
+
+    @contextmanager
+    def within(self, method: Method) -> Iterator[None]:
+        """Mark the ends of the backbone and of the loss, too."""
+        hooks = [
+            # In a batch that is cut, the next piece begins when the last one's gradients are there.
+            method.register_forward_pre_hook(lambda *_: self._piece()),
+            method.backbone.register_forward_hook(lambda *_: self("forward")),
+            method.register_forward_hook(lambda *_: self("loss")),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _piece(self) -> None:
+        if self.made[-1][0] == "loss":
+            self("backward")
+
+    def seconds(self) -> dict[str, float]:
+        """Of every name, all its stretches together; the GPU must have come to the last."""
+        found: dict[str, float] = defaultdict(float)
+        for (_, begin), (name, end) in pairwise(self.made):
+            found[name] += begin.elapsed_time(end) / 1000 if self.gpu else end - begin
+        found.pop("", None)  # between two steps
+        return found
+
+
+def flop_of_image(method: Method, batch: Batch) -> float:
+    """FLOP of the forward and backward passes of an image's crops: 3 times the forward pass's."""
+    # On the CPU, where attention and loss are the products that they are defined by.
+    alone = copy.deepcopy(method).cpu()
+    image = _on_cpu(batch.micro(batch.num_images)[0])
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        alone(image)
+    return 3.0 * counter.get_total_flops()
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    names = [field.name for field in fields(batch.groups[0]) if field.name != "total"]
+    groups = [
+        replace(views, **{name: getattr(views, name).cpu() for name in names})
+        for views in batch.groups
+    ]
+    return replace(batch, groups=tuple(groups))
+
+
+def write_trace(parts: Parts, path: Path) -> None:
+    """Three steps as chrome://tracing and Perfetto show them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if parts.store.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    coming = batches(parts)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            one_step(parts, next(coming))
+        _wait(parts.store.device)
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        profile.export_chrome_trace(str(aside))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
