@@ -1,5 +1,6 @@
 """The commands under `fastidmm bench`: what this machine does in a second."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(
     help="Measure this machine: loaders, views, loss, preparing, training steps.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
 
@@ -23,6 +24,35 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write every number there; -: print them instead.")
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write a page there.")]
+
+
+@bench.callback()
+def bare(context: typer.Context, json: JsonFile = None, html: HtmlFile = None) -> None:
+    """Measure this machine; without a command, `all --quick`."""
+    if context.invoked_subcommand is None:
+        bench_all(quick=True, json=json, html=html)
+    elif json or html:
+        raise UsageError(f"write --json and --html behind `bench {context.invoked_subcommand}`.")
+
+
+@bench.command("all")
+def bench_all(
+    device: DeviceOption = None,
+    quick: QuickOption = False,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Everything below, one after the other.
+
+    Example: fastidmm bench all --html bench.html
+    """
+    from fastidmm.bench import everything
+
+    place = _place(device)
+    found = _told(lambda: everything.measure(place, quick=quick), json, html)
+    if failed := everything.failed(found):
+        print(f"fastidmm: could not be measured: {', '.join(failed)}.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @bench.command("loader")

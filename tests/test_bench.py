@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastidmm import cli, store
-from fastidmm.bench import answers, figures, made
+from fastidmm.bench import answers, everything, figures, made
 from fastidmm.bench import prepare as bench
 from fastidmm.bench.figures import measured, ratio, result, stall
 from fastidmm.errors import UsageError
@@ -170,6 +170,35 @@ def test_a_place_that_cannot_be_written_is_refused_before_measuring(tmp_path: Pa
     ):
         with pytest.raises(UsageError, match=f"--{flag} .*: name a file in a folder that is there"):
             answers.check(**{flag: path})
+
+
+def test_bare_bench_is_everything_quickly(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    met = []
+
+    def good(device: torch.device, quick: bool) -> dict[str, Any]:
+        met.append(quick)
+        return made_result()
+
+    def bad(device: torch.device, quick: bool) -> dict[str, Any]:
+        raise ZeroDivisionError("once\nmore")
+
+    assert list(everything.SUBJECTS) == ["loader", "views", "loss", "prepare", "step"]
+    monkeypatch.setattr(everything, "SUBJECTS", {"one": good, "two": good})
+    assert typed(monkeypatch, "bench") == 0 and met == [True, True]
+    assert capsys.readouterr().out.count("test: small") == 2
+    monkeypatch.setattr(everything, "SUBJECTS", {"one": good, "bad": bad, "two": good})
+    assert typed(monkeypatch, "bench", "--json", "all.json", "--html", "all.html") == 1
+    told = json.loads(Path("all.json").read_text())
+    assert list(told["subjects"]) == ["one", "bad", "two"] and "cpu" in told["surroundings"]
+    failed = told["subjects"]["bad"]["tables"]["bad"]["bad"]
+    assert failed == {"status": "failed: ZeroDivisionError: once"}
+    assert "failed: ZeroDivisionError" in Path("all.html").read_text()
+    assert "could not be measured: bad" in capsys.readouterr().err
+    assert typed(monkeypatch, "bench", "all") == 1 and met[-2:] == [False, False]
+    assert typed(monkeypatch, "bench", "--json", "x", "all") == 2 and not Path("x").exists()
+    assert "behind `bench all`" in capsys.readouterr().err
 
 
 def test_the_command(
