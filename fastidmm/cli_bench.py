@@ -42,7 +42,7 @@ def bench_all(
     json: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """Everything below, one after the other.
+    """Everything below, one after the other; status 1 where something failed.
 
     Example: fastidmm bench all --html bench.html
     """
