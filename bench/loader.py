@@ -15,8 +15,9 @@ whole process tree in that window, workers and threads included, and so is memor
 for at both ends.
 
 Stall is 1 - (time of a step on one batch, again and again) / (time of a step on the loader's
-batches), in the same process, one after the other. Loaders work as they do by default; on a CPU
-torch's operations have one thread.
+batches), in the same process; the former before and after the latter, so that a machine that slows
+down does so for both. Loaders work as they do by default; on a CPU torch's operations have one
+thread.
 
 `stock-dali` is a pipeline all of DALI's own (`stock_dali.py`), which mixes nothing: no training.
 """

@@ -88,20 +88,23 @@ class Child:
         }
 
     def train(self) -> dict[str, Any]:
-        """A turn of the training step: on one batch again and again, then on the loader's."""
+        """A turn of the training step: on the loader's batches, before and after it on one."""
         parts = self.parts or self._assembled()
         batches = parts.loader.batches(0)
         still = next(batches)
         batches.close()
-        oracle = self._window(self._stepping(itertools.repeat(still)), 1)
+        oracle = self._stepping(itertools.repeat(still))
+        before = self._window(oracle, 1)
         batches = parts.loader.batches(0)
         stepping = self._stepping(batches)
         for _ in range(self._unsteady()):
             next(stepping)
         actual = self._window(stepping, num_cores())
         batches.close()
-        seconds = [turn.seconds / turn.images for turn in (oracle, actual)]
-        return {"train_images_per_second": 1 / seconds[1], "stall": stall(*seconds)}
+        after = self._window(oracle, 1)
+        alone = (before.seconds + after.seconds) / (before.images + after.images)
+        fed = actual.seconds / actual.images
+        return {"train_images_per_second": 1 / fed, "stall": stall(alone, fed)}
 
     def _planned(self) -> Callable[[], Iterator[Any]]:
         """Opens the batches of a registered loader, from the first."""
