@@ -6,9 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from fastidmm.registry import LOADERS, find
 from fastidmm.store import Store, folder_of, open_store
 
 NUM, BATCH = 17, 7  # three steps an epoch, the last of three images; parts of up to two
+TENSORS = [field.name for field in fields(Views) if field.name != "total"]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,23 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         )
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where batches are delivered."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(params=list(LOADERS))
 def kind(request: pytest.FixtureRequest) -> type[Planned]:
     """A registered loader."""
@@ -62,11 +82,23 @@ def kind(request: pytest.FixtureRequest) -> type[Planned]:
 
 
 def made(
-    kind: type[Planned], store: Store, *, attempt: int = 0, dtype: torch.dtype = torch.float32
+    kind: type[Planned],
+    store: Store,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Planned:
     """A loader of IDMM's views of a store."""
     method, _ = assembled("idmm")
-    return kind(store, method, Counters(5, attempt), batch_size=BATCH, dtype=dtype)
+    return kind(store, method, Counters(5), batch_size=BATCH, dtype=dtype, device=device)
+
+
+Make = Callable[..., Planned]
+
+
+@pytest.fixture
+def make(kind: type[Planned], photographs: Store, device: torch.device) -> Make:
+    """A function that makes such a loader of the photographs, on the device."""
+    return partial(made, kind, photographs, device)
 
 
 def first(loader: Planned, num: int, start: int = 0) -> list[Batch]:
@@ -78,27 +110,26 @@ def first(loader: Planned, num: int, start: int = 0) -> list[Batch]:
 def equal(one: Batch, other: Batch) -> bool:
     """Whether two batches are the same to the bit."""
     pairs = zip(one.groups, other.groups, strict=True)
-    names = [f.name for f in fields(Views) if f.name != "total"]
     return one.step == other.step and all(
-        torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names
+        torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in TENSORS
     )
 
 
-def test_a_restart_gives_the_same_batches(kind: type[Planned], photographs: Store) -> None:
-    loader = made(kind, photographs)
+def test_a_restart_gives_the_same_batches(make: Make) -> None:
+    loader = make()
     found = first(loader, 5)
     assert loader.steps_per_epoch == 3
     assert [batch.step for batch in found] == list(range(5))
     assert [batch.num_images for batch in found] == [7, 7, 3, 7, 7]
     for start in (1, 2, 4):
         assert equal(first(loader, 1, start)[0], found[start])
-    assert equal(first(made(kind, photographs), 1, 3)[0], found[3])
+    assert equal(first(make(), 1, 3)[0], found[3])
     loader.counters.attempt = 1
     assert not equal(first(loader, 1)[0], found[0])
 
 
-def test_every_row_comes_once_an_epoch(kind: type[Planned], photographs: Store) -> None:
-    found = first(made(kind, photographs), 6)
+def test_every_row_comes_once_an_epoch(make: Make) -> None:
+    found = first(make(), 6)
     for epoch in (found[:3], found[3:]):
         for group in range(2):
             rows = torch.cat([b.groups[group].rows[: b.num_images] for b in epoch])
@@ -107,8 +138,8 @@ def test_every_row_comes_once_an_epoch(kind: type[Planned], photographs: Store) 
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_batches_follow_the_plan(kind: type[Planned], photographs: Store, step: int) -> None:
-    loader, store = made(kind, photographs), photographs
+def test_batches_follow_the_plan(make: Make, photographs: Store, step: int) -> None:
+    loader, store = make(), photographs
     method = loader.method
     plan = draw(
         (store.height, store.width),
@@ -121,7 +152,8 @@ def test_batches_follow_the_plan(kind: type[Planned], photographs: Store, step: 
     (batch,) = first(loader, 1, step)
     assert batch.num_crops == 6 * plan.rows.numel()
     begins = 0
-    for views, group, drawn in zip(batch.groups, method.views, plan.groups, strict=True):
+    for there, group, drawn in zip(batch.groups, method.views, plan.groups, strict=True):
+        views = replace(there, **{name: getattr(there, name).cpu() for name in TENSORS})
         rows = plan.rows.repeat(group.count)  # crop-major: view 1 of all images, then view 2
         assert torch.equal(views.rows, rows)
         assert torch.equal(views.partners, rows[drawn.partner])
@@ -134,20 +166,23 @@ def test_batches_follow_the_plan(kind: type[Planned], photographs: Store, step: 
         apart = (views.pixels - render(store, drawn, group)) * torch.tensor(group.std)[
             :, None, None
         ]
-        assert float(apart.abs().mean()) * 255 <= kind.deviation
+        assert float(apart.abs().mean()) * 255 <= loader.deviation
         begins += len(rows)
 
 
-def test_pixels_have_the_type_asked_for(kind: type[Planned], photographs: Store) -> None:
-    (full,) = first(made(kind, photographs), 1)
-    (half,) = first(made(kind, photographs, dtype=torch.bfloat16), 1)
+def test_pixels_have_the_type_asked_for(make: Make) -> None:
+    (full,) = first(make(), 1)
+    (half,) = first(make(torch.bfloat16), 1)
     for one, other in zip(full.groups, half.groups, strict=True):
         assert other.pixels.dtype == torch.bfloat16
-        assert torch.equal(one.pixels.bfloat16(), other.pixels)
+        if one.pixels.is_cuda:  # resized crops are kept in half precision there
+            torch.testing.assert_close(other.pixels.float(), one.pixels, rtol=2**-7, atol=2**-6)
+        else:
+            assert torch.equal(one.pixels.bfloat16(), other.pixels)
 
 
-def test_batches_are_not_written_to_again(kind: type[Planned], photographs: Store) -> None:
-    with closing(made(kind, photographs).batches(0)) as batches:
+def test_batches_are_not_written_to_again(make: Make) -> None:
+    with closing(make().batches(0)) as batches:
         held = next(batches)
         before = [views.pixels.clone() for views in held.groups]
         for _ in range(5):
@@ -156,8 +191,8 @@ def test_batches_are_not_written_to_again(kind: type[Planned], photographs: Stor
         assert torch.equal(views.pixels, pixels)
 
 
-def test_closing_ends_threads_and_processes(kind: type[Planned], photographs: Store) -> None:
-    loader = made(kind, photographs)
+def test_closing_ends_threads_and_processes(make: Make) -> None:
+    loader = make()
     first(loader, 1)  # whatever stays for good is there now
     before = threading.active_count()
     for begun in (1, 2, 4):

@@ -9,8 +9,10 @@ import torch
 from fastidmm.augment import render, render_plain
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
+from fastidmm.evaluate import outputs
 from fastidmm.kernels.draws import fused, reference
 from fastidmm.kernels.views import plain_views, views
+from fastidmm.loaders.memory import place
 from fastidmm.plan import GroupPlan, central_crops, draw
 from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
@@ -19,6 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+CUDA = torch.device("cuda", 0)
 GROUP = ViewGroup(
     count=2, size=33, scale=(0.05, 1.0), jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
     saturation=(0.2, 1.8), hue=(-0.2, 0.2), gray=0.2, blur=0.5, solarize=0.2, mix="cutmix",
@@ -142,3 +145,23 @@ def test_drawing_and_rendering_never_wait() -> None:
                 views(photos, plan(photos, step, group), group, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pinned_pixels_of_the_host_give_the_same_bits() -> None:
+    photos = store()
+    near, far = place(photos, CUDA, "device"), place(photos, CUDA, "host")
+    assert near.pixels.is_cuda and far.pixels.is_pinned() and far.device == near.device
+    drawn = plan(near, 1)
+    ours, theirs = (views(each, drawn, GROUP, torch.bfloat16) for each in (near, far))
+    assert torch.equal(ours, theirs)
+
+
+def test_images_that_stay_mapped_are_looked_at_by_parts() -> None:
+    photos = store(300)
+    mapped = photos.tables_to(CUDA)
+    assert not mapped.readable and photos.to(CUDA).readable
+    looked, direct = (
+        outputs(torch.nn.Flatten(), each, resolution=17, dtype=torch.float32)
+        for each in (mapped, photos.to(CUDA))
+    )
+    assert len(looked) == 300 and torch.equal(looked, direct)
