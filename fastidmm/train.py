@@ -41,9 +41,8 @@ def train(record: Record) -> None:
                 say(f"ended early: no better score on held-out images since epoch {best}.")
             # Also after the last step: what follows in the same command is not begun.
             if stop.requested:
-                raise Interrupted(
-                    f"stopped at step {parts.state.step}; `fastidmm resume {record.folder}` goes on."
-                )
+                at = f"stopped at step {parts.state.step}"
+                raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
