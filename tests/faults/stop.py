@@ -168,7 +168,9 @@ def twice(work: Bench, found: Figures) -> None:
         found.twice += 1
         found.at_once += child.status() == -number and time.monotonic() - began < 1
         child.gone(15)
+        lost = found.lost  # an end at once keeps nothing more
         gone_on_with(work, "pretrain idmm", place, found)
+        found.lost = lost
 
 
 def importing(place: Path, module: str, number: signal.Signals, found: Figures) -> None:
