@@ -27,6 +27,11 @@ test: setup  ## every test that needs no GPU
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+faults: setup  ## what is promised of kills, signals and faults, and what is found (half an hour)
+	@for file in tests/faults/*.py; do \
+		grep -q __main__ $$file || continue; echo "$$file"; $(BIN)/python $$file || exit 1; \
+	done
+
 fix: setup  ## format, and mend what can be mended by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -42,4 +47,4 @@ wheel: setup  ## build the wheel by way of the sdist, install it alone and use i
 clean:  ## remove what the other targets made, but for runs/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-gpu fix check wheel clean
+.PHONY: help setup demo test test-gpu faults fix check wheel clean

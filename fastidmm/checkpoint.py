@@ -35,10 +35,10 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         sums = {name: _sha256(aside / name) for name in tensors}
         (aside / STATE).write_text(json.dumps({"step": step, "state": state, "sha256": sums}))
         for path in aside.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+            sync(path)
+        _drop(final)
         aside.rename(final)
-        _sync(folder)
+        sync(folder)
     except SafetensorError as problem:
         raise DataError(
             f"cannot write {aside}: {problem}; free some space, then `fastidmm resume` the run."
@@ -46,7 +46,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in found(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        _drop(old)
     return final
 
 
@@ -117,7 +117,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _drop(path: Path) -> None:
+    """Remove a checkpoint; killed half-way, it leaves nothing that looks like one."""
+    if path.exists():
+        aside = path.rename(path.with_name(f".{path.name}.old.{os.getpid()}"))
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

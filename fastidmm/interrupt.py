@@ -1,12 +1,19 @@
 """Stop at the next step when the system asks for it; at once when it asks twice."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fastidmm.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = (
+    b"fastidmm: stopped; `fastidmm resume` goes on with a run that has begun, the same command "
+    b"begins one that has not.\n"
+)
 
 
 class Stop:
@@ -15,21 +22,33 @@ class Stop:
     requested = False
 
 
+def heed() -> None:
+    """From here on a signal ends the command by a sentence and the status of `Interrupted`.
+
+    For whatever is not `stoppable`: imports, lists, reports. All that is written bears it.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _usual_effect()
+        os.write(2, STOPPED)  # print may be what was interrupted
+        raise SystemExit(Interrupted.status)
+
+    for number in _heeded():
+        signal.signal(number, end)
+
+
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Catch SIGINT, SIGTERM and SIGHUP once; a second one has its usual effect."""
+    """Catch SIGINT, SIGTERM and SIGHUP once; a second one ends the process at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    # What is ignored stays ignored: that is how nohup and a shell's background jobs are meant.
-    before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
+    before = {number: signal.getsignal(number) for number in _heeded()}
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        _usual_effect()
 
     for number in before:
         signal.signal(number, ask)
@@ -38,3 +57,26 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Processes started meanwhile never get these signals: they end with the one that began them.
+
+    A scheduler and Ctrl-C ask every process of a run; were a worker to obey, the step would fail.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heeded() -> list[signal.Signals]:
+    """All but what is ignored: that is how nohup and a shell's background jobs are meant."""
+    return [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+
+
+def _usual_effect() -> None:
+    for number in _heeded():
+        signal.signal(number, signal.SIG_DFL)

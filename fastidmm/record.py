@@ -57,7 +57,10 @@ class Record:
             (aside / RECIPE).write_text(recipe.toml())
             started = environment(store, device_of(recipe.run.device))
             (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
+            for path in (aside / RECIPE, aside / ENVIRONMENT, aside):
+                checkpoint.sync(path)
             aside.rename(folder)
+            checkpoint.sync(folder.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls(folder)
@@ -135,16 +138,18 @@ class Record:
         """Hold the run: a second process that would train it is refused."""
         with (self.folder / ".lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Not flock, which a loader's workers would go on holding when this is killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{self.folder} is being trained by another process.") from None
             yield
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines written so far; a last line cut short by a kill is left out."""
+        """All metric lines written so far, but for what a kill or a power cut left in pieces."""
         path = self.folder / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        # A power cut may leave zeros past the newest checkpoint, where nothing was synced.
+        return [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
 
     def log(self, values: dict[str, Any]) -> None:
         """Add a metric line, for `flush` to write when the device has come so far."""
@@ -159,7 +164,10 @@ class Record:
         self._waiting.append((copies, event))
 
     def flush(self, *, wait: bool) -> list[dict[str, Any]]:
-        """Write the lines whose numbers are there, or wait for all; returns those written."""
+        """Write the lines whose numbers are there; returns them.
+
+        Or wait for all, and see them onto the disk: a checkpoint follows that counts on them.
+        """
         written = []
         while self._waiting:
             values, event = self._waiting[0]
@@ -172,6 +180,8 @@ class Record:
         if written:
             with (self.folder / METRICS).open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in written)
+        if wait:
+            checkpoint.sync(self.folder / METRICS)
         return written
 
     def cut(self, step: int) -> None:
@@ -180,7 +190,9 @@ class Record:
         lines = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         aside = self.folder / f".{METRICS}"
         aside.write_text("".join(lines))
+        checkpoint.sync(aside)
         aside.replace(self.folder / METRICS)
+        checkpoint.sync(self.folder)
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,10 @@ def train(record: Record) -> None:
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
                 say(f"ended early: no better score on held-out images since epoch {best}.")
+            # Also after the last step: what follows in the same command is not begun.
+            if stop.requested:
+                at = f"stopped at step {parts.state.step}"
+                raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
@@ -47,13 +51,13 @@ def train(record: Record) -> None:
 
 
 def attempted(parts: Parts, stop: Stop) -> bool:
-    """Whether the run was brought to its end; false: it must roll back."""
+    """Whether the run was brought to its end or stopped; false: it must roll back."""
     with closing(parts.loader.batches(parts.state.step)) as batches:
         return steps(parts, stop, batches)
 
 
 def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
-    """Steps until the run is done (true) or must roll back (false)."""
+    """Steps until the run is done or asked to stop (true), or must roll back (false)."""
     state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
     device = parts.store.device
     every = Cadence.of(parts)
@@ -99,11 +103,9 @@ def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
         if keep:
             state.skipped = float(skipped_since)
             save(parts, clock)
-        if stop.requested and not done:
+        if stop.requested:
             progress.close()
-            raise Interrupted(
-                f"stopped at step {state.step}; `fastidmm resume {record.folder}` goes on."
-            )
+            break
     return True
 
 

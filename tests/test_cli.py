@@ -225,15 +225,15 @@ def test_a_disk_that_cannot_be_written(
     message: str,
 ) -> None:
     """While a checkpoint is written: nothing half-written stays, and the run can be resumed."""
-    sync, calls = checkpoint._sync, iter(range(100))
+    sync, calls = checkpoint.sync, iter(range(100))
 
     def failing(path: Path) -> None:
-        if next(calls) == 6:
+        if path.name == checkpoint.STATE and next(calls) == 1:
             raise OSError(number, "no", str(path))
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", failing)
+        patch.setattr(checkpoint, "sync", failing)
         found, _, err = typed("pretrain", *TINY, "--run", "full")
     assert found == status and message in sentence(err) and "runs/full" in sentence(err)
     folder = Path("runs/full/checkpoints")

@@ -101,27 +101,6 @@ def test_resuming_mid_epoch_after_a_signal(toy: str, monkeypatch: pytest.MonkeyP
     assert_same("stopped", "whole")
 
 
-@FORKS
-def test_kill_9_at_any_time(toy: str) -> None:
-    """A real SIGKILL, six times in one run, wherever it hits; then the rest is the same."""
-    stages.pretrain(recipe(), "whole")
-    for delay in (0.05, 0.2, 0.25, 0.3, 0.35, 0.4):
-        child = os.fork()
-        if child == 0:
-            begun = (Path("runs/killed") / "recipe.toml").exists()
-            try:
-                stages.resume(Path("runs/killed")) if begun else stages.pretrain(recipe(), "killed")
-            finally:
-                os._exit(0)
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if not Path("runs/killed").exists():
-        stages.pretrain(recipe(), "killed")
-    stages.resume(Path("runs/killed"))
-    assert_same("killed", "whole")
-
-
 def test_a_finished_run_says_so(toy: str, capsys: pytest.CaptureFixture[str]) -> None:
     stages.pretrain(recipe(), "whole")
     before = outcome("whole")[0]

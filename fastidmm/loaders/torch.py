@@ -24,6 +24,7 @@ from fastidmm.augment import MIXES
 from fastidmm.batch import Batch, Options, ViewGroup
 from fastidmm.colour import normalise
 from fastidmm.errors import DataError
+from fastidmm.interrupt import unheard
 from fastidmm.loaders.files import Files, unfit
 from fastidmm.loaders.pillow import chances, view
 from fastidmm.loaders.planned import Planned
@@ -67,7 +68,8 @@ class Torch(Planned):
             pin_memory=on_gpu,
             worker_init_fn=_alone,
         )
-        steps = iter(loader)
+        with unheard():
+            steps = iter(loader)
         try:
             for step in count(start_step):
                 problem, crops = next(steps)
