@@ -26,6 +26,7 @@ from fastidmm import checkpoint
 from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
+from fastidmm.preparing.files import naming
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -54,10 +55,11 @@ class Record:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            (aside / RECIPE).write_text(recipe.toml())
-            started = environment(store, device_of(recipe.run.device))
-            (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
-            aside.rename(folder)
+            with naming(folder):
+                (aside / RECIPE).write_text(recipe.toml())
+                started = environment(store, device_of(recipe.run.device))
+                (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
+                aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls(folder)
@@ -170,7 +172,8 @@ class Record:
             self._waiting.popleft()
             written.append({key: _plain(value) for key, value in values.items()})
         if written:
-            with (self.folder / METRICS).open("a") as file:
+            path = self.folder / METRICS
+            with naming(path), path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in written)
         return written
 
@@ -179,8 +182,9 @@ class Record:
         self._waiting.clear()
         lines = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         aside = self.folder / f".{METRICS}"
-        aside.write_text("".join(lines))
-        aside.replace(self.folder / METRICS)
+        with naming(aside):
+            aside.write_text("".join(lines))
+            aside.replace(self.folder / METRICS)
 
 
 def _plain(value: Any) -> Any:
