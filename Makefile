@@ -27,6 +27,9 @@ test: setup  ## every test that needs no GPU
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+faults: setup  ## what breaks runs and stores, tried in full: a line per promise
+	for each in disk corruption; do $(BIN)/python tests/faults/$$each.py || exit 1; done
+
 fix: setup  ## format, and mend what can be mended by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -42,4 +45,4 @@ wheel: setup  ## build the wheel by way of the sdist, install it alone and use i
 clean:  ## remove what the other targets made, but for runs/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-gpu fix check wheel clean
+.PHONY: help setup demo test test-gpu faults fix check wheel clean
