@@ -1,19 +1,25 @@
 """Checkpoints: safetensors beside a JSON with SHA-256 sums, written aside and renamed.
 
-A folder `step_000000800/` is whole or not there: files are synced before it gets its name.
+A folder `step_000000800/` is whole or not there: files are synced before it gets its name. Two are
+kept, and one that has been damaged since is passed over for the one before it.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastidmm.errors import DataError
+from fastidmm.errors import DataError, unwritable
+from fastidmm.places import summed, unsummed
+from fastidmm.progress import say
 
 KEPT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -21,43 +27,62 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: Any) -> Path:
     """Write `folder/step_…` and drop all but the newest two; `tensors` by file name."""
+    final = at(folder, step)
+    try:
+        _write(final, tensors, {"step": step, "state": state})
+        told = found(folder)
+        kept = told.index(final)
+        # What lies past this step is damaged: a run goes on from the newest that is whole.
+        for old in (*told[: max(kept + 1 - KEPT, 0)], *told[kept + 1 :]):
+            _drop(old)
+    except OSError as problem:
+        num_bytes = sum(t.nbytes for table in tensors.values() for t in table.values())
+        raise unwritable(problem, final, num_bytes=num_bytes) or problem from None
+    return final
+
+
+def _write(final: Path, tensors: dict[str, dict[str, Tensor]], told: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final = at(folder, step)
+    folder = final.parent
     aside = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".step_*"):  # by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         for name, table in tensors.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in table.items()}, aside / name)
         sums = {name: _sha256(aside / name) for name in tensors}
-        (aside / STATE).write_text(json.dumps({"step": step, "state": state, "sha256": sums}))
+        (aside / STATE).write_text(json.dumps(summed({**told, "sha256": sums})))
         for path in aside.iterdir():
             sync(path)
         _drop(final)
         aside.rename(final)
         sync(folder)
     except SafetensorError as problem:
-        raise DataError(
-            f"cannot write {aside}: {problem}; free some space, then `fastidmm resume` the run."
-        ) from None
+        # It tells the system's errors in words only.
+        if not (number := re.search(r"\(os error (\d+)\)", str(problem))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(aside)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in found(folder)[:-KEPT]:
-        _drop(old)
-    return final
 
 
 def found(folder: Path) -> list[Path]:
     """All checkpoints of a run, the newest last."""
-    return sorted(path for path in folder.glob("step_*") if (path / STATE).exists())
+    return sorted(folder.glob("step_[0-9]*"))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    return next(reversed(found(folder)), None)
+    """The newest checkpoint of a run that is whole, those passed over said; None: there is none."""
+    told = found(folder)
+    for path in reversed(told):
+        if not _damage(path, _stamps(path)):
+            return path
+    if told:
+        raise DataError(f"every checkpoint in {folder} is damaged: start a new run.")
+    return None
 
 
 def at(folder: Path, step: int) -> Path:
@@ -76,18 +101,47 @@ def load(path: Path, *names: str) -> tuple[list[dict[str, Tensor]], Any]:
     from safetensors.torch import load_file
 
     try:
-        described = json.loads((path / STATE).read_text())
-        for name in names:
-            if _sha256(path / name) != described["sha256"][name]:
-                raise ValueError(f"{name} is damaged")
+        described = _described(path)
+        _check(path, described, names)
         # Copies: a memory map would tie the run to a file that is soon replaced.
         files = [{k: t.clone() for k, t in load_file(path / n).items()} for n in names]
         return files, described["state"]
-    except (OSError, KeyError, ValueError, SafetensorError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         raise DataError(
-            f"the checkpoint {path} cannot be read ({problem}); delete that folder to go on from "
-            "the one before it."
+            f"the checkpoint {path} cannot be read ({problem}): name another, or train it again."
         ) from None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a checkpoint's JSON says, its own sum checked."""
+    described = unsummed(json.loads((path / STATE).read_text()))
+    if not isinstance(described.get("sha256"), dict) or "state" not in described:
+        raise ValueError(f"{STATE} does not describe a checkpoint")
+    return described
+
+
+def _check(path: Path, described: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if _sha256(path / name) != described["sha256"].get(name):
+            raise ValueError(f"{name} is damaged")
+
+
+def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of a checkpoint does."""
+    stats = {file.name: file.stat() for file in path.iterdir()}
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
+
+
+@cache
+def _damage(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """What is wrong with a checkpoint, said once; looked for once as long as its files stay."""
+    try:
+        described = _described(path)
+        _check(path, described, described["sha256"])
+    except (OSError, ValueError) as problem:
+        say(f"warning: {path} is damaged ({problem}): the checkpoint before it is used.")
+        return str(problem)
+    return ""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

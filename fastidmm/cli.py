@@ -3,8 +3,6 @@
 torch is imported inside commands only, so that `--help` is instant.
 """
 
-import errno
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fastidmm.cli_bench import bench
-from fastidmm.errors import FastidmmError, UsageError
+from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
     BackboneOption,
     BatchOption,
@@ -48,8 +46,6 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def recipe_settings(**flags: Any) -> dict[str, Any]:
@@ -342,16 +338,10 @@ def main() -> None:
             raise
         _stop("the GPU's memory is full: lower --resolution, or prepare with --max-side.", 5)
     except OSError as problem:
-        if problem.errno not in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+        refusal = unwritable(problem, problem.filename or "the disk")
+        if refusal is None:
             raise
-        full = problem.errno in FULL
-        remedy = "free some space" if full else "check its permissions"
-        where = problem.filename or "the disk"
-        _stop(
-            f"cannot write {where}: {os.strerror(problem.errno)}; {remedy}, or choose another "
-            "place with --run or FASTIDMM_HOME.",
-            3 if full else 2,
-        )
+        _stop(str(refusal), refusal.status)
 
 
 def _stop(message: str, status: int) -> NoReturn:

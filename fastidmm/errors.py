@@ -1,5 +1,12 @@
 """What can go wrong for a user, each with the exit status a script can rely on."""
 
+import errno
+import os
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 class FastidmmError(Exception):
     """Something the user can mend: one sentence with the remedy, and an exit status."""
@@ -35,6 +42,20 @@ class Interrupted(FastidmmError):
     """Stopped from outside; `fastidmm resume`, or `prepare` again, goes on to the same bits."""
 
     status = 75
+
+
+def unwritable(problem: OSError, where: str | Path, *, num_bytes: int = 0) -> FastidmmError | None:
+    """A disk's refusal as one sentence, with the bytes needed where known; None: no disk's."""
+    if problem.errno not in (*FULL, *LOCKED, errno.EIO):
+        return None
+    why = os.strerror(problem.errno)
+    elsewhere = "or choose another place with --run or FASTIDMM_HOME"
+    if problem.errno in LOCKED:
+        return UsageError(f"cannot write {where}: {why}; check its permissions, {elsewhere}.")
+    if problem.errno == errno.EIO:
+        return DataError(f"cannot write {where}: {why}; look after that disk, {elsewhere}.")
+    needed = f", and {num_bytes:,} bytes are needed" if num_bytes else ""
+    return DataError(f"cannot write {where}: {why}{needed}; free some space, {elsewhere}.")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

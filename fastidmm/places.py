@@ -1,5 +1,6 @@
 """Where prepared data lives, by name; without torch, which preparing has no use for."""
 
+import hashlib
 import json
 import os
 import re
@@ -58,12 +59,31 @@ def read_json(folder: Path) -> dict[str, Any]:
     """A store's description: class names, source files, fingerprints."""
     path = folder / "store.json"
     try:
-        described: dict[str, Any] = json.loads(path.read_text())
+        described = unsummed(json.loads(path.read_text()))
     except (OSError, ValueError) as problem:
         raise DataError(f"{path} cannot be read ({problem}); prepare the dataset again.") from None
     if described.get("reader_version") != READER_VERSION:
         raise DataError(f"{folder} was written by another version; prepare the dataset again.")
     return described
+
+
+def summed(told: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON file is to say, and the SHA-256 of that."""
+    return {**told, "sum": _sum(told)}
+
+
+def unsummed(told: Any) -> dict[str, Any]:
+    """What `summed` was given; a ValueError where that changed. Older files have no sum."""
+    if not isinstance(told, dict):
+        raise ValueError("it is no table")
+    said = {key: value for key, value in told.items() if key != "sum"}
+    if "sum" in told and told["sum"] != _sum(said):
+        raise ValueError("it is damaged")
+    return said
+
+
+def _sum(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def has_split(name: str, split: str) -> bool:

@@ -26,6 +26,7 @@ from fastidmm import checkpoint
 from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
+from fastidmm.preparing.files import naming
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -54,13 +55,14 @@ class Record:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            (aside / RECIPE).write_text(recipe.toml())
-            started = environment(store, device_of(recipe.run.device))
-            (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
-            for path in (aside / RECIPE, aside / ENVIRONMENT, aside):
-                checkpoint.sync(path)
-            aside.rename(folder)
-            checkpoint.sync(folder.parent)
+            with naming(folder):
+                (aside / RECIPE).write_text(recipe.toml())
+                started = environment(store, device_of(recipe.run.device))
+                (aside / ENVIRONMENT).write_text(json.dumps(started, indent=2))
+                for path in (aside / RECIPE, aside / ENVIRONMENT, aside):
+                    checkpoint.sync(path)
+                aside.rename(folder)
+                checkpoint.sync(folder.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls(folder)
@@ -178,10 +180,12 @@ class Record:
             self._waiting.popleft()
             written.append({key: _plain(value) for key, value in values.items()})
         if written:
-            with (self.folder / METRICS).open("a") as file:
+            path = self.folder / METRICS
+            with naming(path), path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in written)
         if wait:
-            checkpoint.sync(self.folder / METRICS)
+            with naming(self.folder / METRICS):
+                checkpoint.sync(self.folder / METRICS)
         return written
 
     def cut(self, step: int) -> None:
@@ -189,10 +193,11 @@ class Record:
         self._waiting.clear()
         lines = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         aside = self.folder / f".{METRICS}"
-        aside.write_text("".join(lines))
-        checkpoint.sync(aside)
-        aside.replace(self.folder / METRICS)
-        checkpoint.sync(self.folder)
+        with naming(aside):
+            aside.write_text("".join(lines))
+            checkpoint.sync(aside)
+            aside.replace(self.folder / METRICS)
+            checkpoint.sync(self.folder)
 
 
 def _plain(value: Any) -> Any:

@@ -35,6 +35,13 @@ from fastidmm.places import prepared as prepared
 from fastidmm.places import read_json as read_json
 from fastidmm.places import split_files
 
+KINDS = {
+    "pixels": torch.uint8,
+    "offset": torch.int64,
+    "height": torch.int32,
+    "width": torch.int32,
+    "label": torch.int64,
+}
 TABLES = ("offset", "height", "width", "label", "row")  # tensors of one entry per image
 
 
@@ -147,7 +154,8 @@ def open_shards(folder: Path, split: str) -> list[Store]:
         path = folder / file
         try:
             tensors: dict[str, Any] = load_file(path)
-        except (OSError, SafetensorError) as problem:
+            _check_tables(tensors, len(described["class_names"]))
+        except (OSError, ValueError, SafetensorError) as problem:
             raise DataError(
                 f"{path} cannot be read ({problem}); prepare the dataset again."
             ) from None
@@ -161,6 +169,21 @@ def open_shards(folder: Path, split: str) -> list[Store]:
             )
         )
     return shards
+
+
+def _check_tables(tensors: dict[str, Tensor], num_classes: int) -> None:
+    """A ValueError where tables would have anything read but images within the pixels."""
+    if {name: tensor.dtype for name, tensor in tensors.items()} != KINDS:
+        raise ValueError("its tensors are not those of a store")
+    pixels, offset, label = (tensors[name] for name in ("pixels", "offset", "label"))
+    if pixels.ndim != 1 or any(tensors[n].shape != (len(offset),) for n in KINDS if n != "pixels"):
+        raise ValueError("its tensors have other shapes than a store's")
+    sides = torch.stack((tensors["height"].long(), tensors["width"].long()))
+    # In threes, since three times a product could be more than int64 holds.
+    room = (pixels.numel() - offset).div(3, rounding_mode="floor")
+    within = (sides > 0).all(0) & (offset >= 0) & (sides.prod(0) <= room)
+    if not bool((within & (label >= -1) & (label < num_classes)).all()):
+        raise ValueError("its tables do not fit its pixels or classes")
 
 
 def stratified(

@@ -16,6 +16,7 @@ from fastidmm import store
 from fastidmm.datasets import Source
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import Interrupted, UsageError
+from fastidmm.places import unsummed
 from fastidmm.preparing import decode
 from fastidmm.preparing import prepare as module
 from fastidmm.preparing.making import Making, alone
@@ -108,7 +109,11 @@ def test_a_signal_stops_it_and_the_same_again_goes_on(
     assert mine.keys() == truth.keys() == {
         "prepare.json", "store.json", "test.safetensors", "train.safetensors"
     }  # fmt: skip
-    assert mine["store.json"] == truth["store.json"].replace(b'"truth"', b'"mine"')
+    told = {
+        name: unsummed(json.loads(files["store.json"]))
+        for name, files in (("mine", mine), ("truth", truth))
+    }
+    assert told["mine"] == {**told["truth"], "name": "mine"}
     assert all(mine[name] == truth[name] for name in mine if name != "store.json")
 
 

@@ -103,8 +103,7 @@ def test_stages_have_the_published_settings(toy: str, backbone: str, lr: float) 
     record = Record.create(Path("runs/run"), whole, training_rows(whole))
     first = Recipe.of(stages.finetune_tables(record, pretrained=False))
     stage = Record.create(RUN / "scratch-224", first, training_rows(first))
-    (stage.checkpoints / "step_000000001").mkdir(parents=True)
-    (stage.checkpoints / "step_000000001" / checkpoint.STATE).write_text('{"state": {}}')
+    checkpoint.save(stage.checkpoints, 1, {}, {})
     high = Recipe.of(stages.high_tables(stage))
     for tuned, size, batch, epochs, rate in (
         (first, 224, 256, 200, lr),

@@ -208,7 +208,9 @@ def stopped_run(monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("runs/run")
 
 
-def test_damaged_checkpoints_are_never_used(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = stopped_run(monkeypatch)
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
@@ -217,6 +219,18 @@ def test_damaged_checkpoints_are_never_used(toy: str, monkeypatch: pytest.Monkey
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
+        checkpoint.load(newest, checkpoint.MODEL)
+    stages.resume(run)
+    assert f"{newest} is damaged (model.safetensors is damaged)" in capsys.readouterr().err
+    stages.pretrain(recipe(), "whole")
+    assert_same("run", "whole")
+
+
+def test_without_any_whole_checkpoint_a_run_ends(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(monkeypatch)
+    for path in checkpoint.found(run / "checkpoints"):
+        (path / checkpoint.STATE).unlink()
+    with pytest.raises(DataError, match=r"every checkpoint in .* is damaged: start a new run"):
         stages.resume(run)
 
 

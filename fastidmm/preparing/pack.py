@@ -2,17 +2,19 @@
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastidmm.datasets import Item
-from fastidmm.places import shard_name
+from fastidmm.places import shard_name, split_files
 from fastidmm.preparing.decode import Facts, Picture
 from fastidmm.preparing.journal import Noted
 
@@ -51,10 +53,7 @@ class Packed:
     def fingerprint(self) -> str:
         """SHA-256 over the pixels, size and label of every picture, in order."""
         rows = zip(self.digests, self.heights, self.widths, self.labels, strict=True)
-        whole = sha256()
-        for digest, high, wide, label in rows:
-            whole.update(f"{digest} {high} {wide} {label}\n".encode())
-        return whole.hexdigest()
+        return _fingerprint(rows)
 
     def add(self, item: Item, facts: Facts) -> None:
         """Append a row."""
@@ -176,6 +175,41 @@ class Packer:
             only = self._folder / shard_name(self._split, 0)
             only.rename(self._folder / shard_name(self._split))
         return self.packed
+
+
+def fingerprint_of(folder: Path, split: str, told: dict[str, Any]) -> str:
+    """The fingerprint of a split as it lies on the disk, every pixel read; "" for none."""
+    try:
+        shards = [_rows(folder / file) for file in split_files(split, told)]
+        return _fingerprint(chain(*shards))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _rows(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Digest, height, width and label of every picture in a file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length != HEADER_BYTES - 8:
+            raise ValueError("its header has another length")
+        header = json.loads(file.read(length))
+        columns = []
+        for name in ("offset", "height", "width", "label"):
+            told = header[name]
+            first, last = told["data_offsets"]
+            file.seek(HEADER_BYTES + first)
+            kind = next(numpy for numpy, own in DTYPES.items() if own == told["dtype"])
+            columns.append(np.frombuffer(file.read(last - first), kind).tolist())
+        for start, high, wide, label in zip(*columns, strict=True):
+            file.seek(HEADER_BYTES + start)
+            yield sha256(file.read(high * wide * 3)).hexdigest(), high, wide, label
+
+
+def _fingerprint(rows: Iterable[tuple[str, int, int, int]]) -> str:
+    whole = sha256()
+    for digest, high, wide, label in rows:
+        whole.update(f"{digest} {high} {wide} {label}\n".encode())
+    return whole.hexdigest()
 
 
 def _size(facts: Facts) -> int:

@@ -18,13 +18,13 @@ from PIL import __version__ as pillow_version
 from fastidmm.datasets import Item, Source, Unusable
 from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError
 from fastidmm.interrupt import Stop, stoppable
-from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files
+from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files, summed
 from fastidmm.preparing import beton as beton_file
 from fastidmm.preparing.checks import check
 from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
 from fastidmm.preparing.journal import Journal
 from fastidmm.preparing.making import Making, alone, write
-from fastidmm.preparing.pack import Packed, Packer
+from fastidmm.preparing.pack import Packed, Packer, fingerprint_of
 from fastidmm.preparing.summary import Summary, shown
 from fastidmm.preparing.watching import watching
 
@@ -130,6 +130,8 @@ def _found(folder: Path, signature: str) -> tuple[Described, Described] | None:
             for file, shard in split_files(split, told).items():
                 if (folder / file).stat().st_size != shard["num_bytes"]:
                     return None
+            if fingerprint_of(folder, split, told) != told["fingerprint"]:
+                return None
         checks = json.loads((folder / "prepare.json").read_text())
     except (DataError, OSError, ValueError):
         return None
@@ -155,7 +157,7 @@ def _made(making: Making, wanted: _Wanted, signature: str) -> tuple[Described, D
         described = _described(wanted, packed, tally)
         described["source_signature"] = signature
         write(making.part / "prepare.json", json.dumps(checks, indent=1))
-        write(making.part / "store.json", json.dumps(described, indent=1))
+        write(making.part / "store.json", json.dumps(summed(described), indent=1))
         making.put_in_place()
     return described, checks
 
