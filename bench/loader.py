@@ -9,7 +9,7 @@ A B C A B C; a process whose turn it is not has no iterator open, and sleeps.
 
 What was made ahead is not counted as free. In a turn the consumer takes batch after batch and does
 nothing with them, so that queues are drained from the beginning: batches are left out until every
-worker has given one, and then counted in whole rounds of the workers, from one arrival to another.
+worker has given one, and then counted in lots of one per core, from one arrival to another.
 As much is in the making at the end as was at the beginning. Core-seconds are the CPU time of the
 whole process tree in that window, workers and threads included, and so is memory; a GPU is waited
 for at both ends.

@@ -1,6 +1,6 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -98,15 +98,14 @@ def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
 def judging_rows(recipe: Recipe, store: Store) -> Store | None:
     """Images to score a classifier on while it learns: held-out ones, else the test split.
 
-    Where the device of `store`, the training rows, reads them; held-out ones share its pixels.
+    Where the device of `store`, the training rows, reads them.
     """
     run = recipe.run
     if not find("method", run.method).needs_labels:
         return None
     if run.holdout:
         whole = open_store(folder_of(run.dataset), "train")
-        held = whole.select(split_rows(recipe, whole)[1]).tables_to(store.device)
-        return replace(held, pixels=store.pixels)
+        return within_reach(whole.select(split_rows(recipe, whole)[1]), store.device)
     if has_split(run.dataset, "test"):
         return within_reach(open_store(folder_of(run.dataset), "test"), store.device)
     return None

@@ -159,6 +159,7 @@ def finetune(
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
     backbone: BackboneOption = None,
+    loader: LoaderOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
@@ -177,8 +178,8 @@ def finetune(
     from fastidmm import stages
 
     settings = recipe_settings(
-        resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone, seed=seed,
-        device=device, precision=precision, exact=exact, holdout=holdout,
+        resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone,
+        loader=loader, seed=seed, device=device, precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
     found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)

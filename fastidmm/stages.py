@@ -1,6 +1,7 @@
 """The commands' work: pretrain, fine-tune, resume."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
-from fastidmm.errors import UsageError
+from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
@@ -43,7 +44,12 @@ def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
     method = build_method(recipe, store, Counters(recipe.run.seed))
     initialise(method, folder, recipe)
     record = Record.create(folder, recipe, store)
-    train(record)
+    try:
+        train(record)
+    except (UsageError, DataError):
+        if not record.checkpoints.exists():  # what never began would be in the way
+            shutil.rmtree(folder)
+        raise
     return summary(record)
 
 
@@ -73,7 +79,7 @@ def finetune(
         raise UsageError(f"run.resolution = {resolution!r}: give pixels, such as 448.")
     start = stage_below(parent, resolution, pretrained=pretrained)
     tables = high_tables(start) if start else finetune_tables(parent, pretrained=pretrained)
-    if asked.get("loader", parent.recipe.run.loader) != parent.recipe.run.loader:
+    if asked.get("loader", tables["run"]["loader"]) != tables["run"]["loader"]:
         del tables["loader"]  # settings of another
     recipe = Recipe.of(with_settings(tables, settings, assignments))
     if start:

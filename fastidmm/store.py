@@ -78,6 +78,11 @@ class Store:
         return self.offset.device
 
     @property
+    def num_bytes(self) -> int:
+        """Of the pixels of its rows; more lie in `pixels` where rows were selected."""
+        return int((self.height.long() * self.width).sum()) * 3
+
+    @property
     def readable(self) -> bool:
         """Whether kernels on its device can read the pixels where they lie."""
         return self.pixels.device == self.device or self.pixels.is_pinned()

@@ -17,7 +17,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 def big(num_bytes: int) -> Store:
     """A store that says it holds so many bytes."""
-    return replace(small_store(2), pixels=torch.empty(num_bytes, dtype=torch.uint8, device="meta"))
+    pixels = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+    high, wide = torch.tensor([num_bytes // 3], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    return replace(small_store(1), pixels=pixels, height=high, width=wide)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, gpu: float, host: float) -> None:
@@ -40,11 +42,11 @@ def streaming(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> None:
 @pytest.mark.parametrize(
     ("num_bytes", "gpu", "host", "tier"),
     [
-        (1000, 2000, 0, "device"),
-        (1001, 2000, 2048, "host"),
-        (1024, 2000, 2048, "host"),  # torch pins a power of two
-        (1025, 2000, 4095, None),
-        (1025, 2000, 4096, "host"),
+        (999, 1998, 0, "device"),
+        (1002, 1998, 2048, "host"),
+        (1023, 1998, 2048, "host"),  # torch pins a power of two
+        (1026, 1998, 4095, None),
+        (1026, 1998, 4096, "host"),
     ],
 )
 def test_memory_is_half_of_what_is_free(
@@ -58,7 +60,7 @@ def test_memory_is_half_of_what_is_free(
 def test_without_kernels_the_hosts_memory_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpu=10, host=10_000)
     monkeypatch.setattr(memory, "HAS_KERNELS", False)
-    assert memory.tier_of(big(1000), GPU) is None
+    assert memory.tier_of(big(999), GPU) is None
 
 
 def test_the_choice_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +96,7 @@ def test_a_recipe_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found, why = choose.settled(recipe, small_store(2), CPU)
     assert found.run.loader == "resident" and why.startswith("loader resident: 0.0 GB")
     assert found.tables()["loader"] == {"tier": "auto"}
-    assert choose.settled(found, big(10**12), GPU) == (found, "")
+    assert choose.settled(found, big(3 * 10**9), GPU) == (found, "")
     tables: Tables = {"run": {"dataset": "x", "loader": "torch"}, "loader": {"workers": 3}}
     assert Recipe.of(tables).tables()["loader"] == {"workers": 3}
     with pytest.raises(UsageError, match=r"unknown key loader\.tier"):

@@ -34,7 +34,7 @@ def test_the_bytes_are_those_of_the_tensors(
     def full(path: Path) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     tensors = {"a": {"x": torch.zeros(300), "y": torch.zeros(5, dtype=torch.int64)}, "b": {}}
     with pytest.raises(DataError, match=r"step_000000007: No space .*and 1,240 bytes are needed"):
         checkpoint.save(tmp_path, 7, tensors, {})

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,25 @@ def test_a_start_that_is_not_there_leaves_nothing_behind(toy: str) -> None:
     with pytest.raises(UsageError, match="which is not there"):
         stages.pretrain(recipe(init="../checkpoints/step_000000007"), "run")
     assert not RUN.exists()
+
+
+def test_a_stage_has_the_loader_settings_of_the_one_it_goes_on_from(run: Path) -> None:
+    one = {"run.epochs": 1, "run.batch_size": 8}
+    torchs = {**one, "run.loader": "torch"}
+    stages.finetune(run, {**torchs, "run.resolution": 16}, ["loader.workers=1"])
+    stages.finetune(run, {**torchs, "run.resolution": 32}, [])
+    stages.finetune(run, {**one, "run.resolution": 64, "run.loader": "resident"}, [])
+    found = [Record(run / f"finetune-{side}").recipe.tables()["loader"] for side in (16, 32, 64)]
+    assert found == [{"workers": 1}, {"workers": 1}, {"tier": "auto"}]
+
+
+def test_a_loader_that_cannot_begin_leaves_nothing_behind(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=1))
+    with pytest.raises(UsageError, match="through /dev/shm, where 0 MB are free"):
+        stages.pretrain(recipe(loader="torch"), "none")
+    assert not (RUN.parent / "none").exists()
 
 
 def test_a_high_stage_must_be_higher(toy: str) -> None:

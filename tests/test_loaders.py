@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from fastidmm.augment import render
 from fastidmm.batch import Batch, Views
 from fastidmm.chance import Counters
 from fastidmm.datasets.folder import Folder
-from fastidmm.errors import DataError
+from fastidmm.errors import DataError, OutOfMemoryError, UsageError
 from fastidmm.loaders.files import Files
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import draw
@@ -241,3 +242,35 @@ def test_the_torch_loader_reads_files_that_are_as_they_were(
         kept.rename(files[3])
     with pytest.raises(DataError, match="not prepared from files: choose --loader resident"):
         made(kind, replace(photographs, folder=None))
+
+
+def test_workers_need_shared_memory_and_may_be_killed(
+    photographs: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker hands three batches over: 3 * 7 images * 6 views of 32 px = 387,072 bytes."""
+    kind: type[Planned] = find("loader", "torch")
+    options = kind.Options.model_validate({"workers": 2})
+    full = SimpleNamespace(f_bavail=774_143, f_frsize=1)
+    monkeypatch.setattr("os.statvfs", lambda path: full)
+    method, _ = assembled("idmm")
+    with pytest.raises(UsageError, match=r"hand over 1 MB .*where 1 MB are free: lower --batch-s"):
+        kind(photographs, method, Counters(5), batch_size=BATCH, options=options)
+    full.f_bavail += 1
+    loader = kind(photographs, method, Counters(5), batch_size=BATCH, options=options)
+    with closing(loader.batches(0)) as batches:
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(OutOfMemoryError, match=r"was killed .*: lower loader\.workers"):
+            for _ in range(20):
+                next(batches)
+
+
+def test_a_selection_is_gathered_with_its_own_numbers(photographs: Store) -> None:
+    few = photographs.select(torch.tensor([3, 11]))
+    assert few.num_bytes == sum(few.image(row).numel() for row in range(2))
+    alone = few.gathered(torch.arange(2))
+    assert alone.pixels.numel() == alone.num_bytes == few.num_bytes
+    for row in range(2):
+        assert torch.equal(alone.image(row), few.image(row))
+    assert alone.row is not None and few.row is not None and torch.equal(alone.row, few.row)

@@ -24,7 +24,7 @@ def settled(recipe: Recipe, store: Store, device: torch.device) -> tuple[Recipe,
 
 def choose(store: Store, device: torch.device) -> tuple[str, str]:
     """The loader for a store on a device, and why."""
-    size = f"{store.pixels.numel() / 1e9:.1f} GB of pixels"
+    size = f"{store.num_bytes / 1e9:.1f} GB of pixels"
     if device.type == "cpu":
         return "resident", f"{size} are read from the store's memory map"
     tier = tier_of(store, device)

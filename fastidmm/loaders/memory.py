@@ -17,7 +17,7 @@ SHARE = 0.5  # of what is free now; the model, its activations and others need t
 
 def tier_of(store: Store, device: torch.device) -> Tier | None:
     """The best memory that a store's pixels fit in; None where neither does."""
-    num_bytes = store.pixels.numel()
+    num_bytes = store.num_bytes
     if device.type == "cpu" or num_bytes <= SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     # Only the fused kernels read the host's memory, and torch pins a power of two of bytes.
@@ -32,10 +32,12 @@ def place(store: Store, device: torch.device, tier: Tier = "auto") -> Store:
     chosen = tier_of(store, device) if tier == "auto" else tier
     if chosen is None:
         raise DataError(
-            f"{store.pixels.numel() / 1e9:.1f} GB of pixels fit neither half of the GPU's free "
+            f"{store.num_bytes / 1e9:.1f} GB of pixels fit neither half of the GPU's free "
             "memory nor half of the host's: choose --loader dali, ffcv or torch, or prepare with a "
             "smaller --max-side."
         )
+    if 2 * store.num_bytes < store.pixels.numel():  # a selection: the others stay behind
+        store = store.gathered(torch.arange(len(store)))
     if chosen == "device":
         return store.to(device)
     pinned = torch.empty(store.pixels.shape, dtype=torch.uint8, pin_memory=True)

@@ -9,6 +9,7 @@ are 1.2/255 off on average, 7 at the 99th percentile, 32 at most; those of fine-
 and up to 200 where RandAugment's equalize meets a value that was rounded the other way.
 """
 
+import os
 from collections.abc import Generator
 from itertools import count
 from typing import Annotated, ClassVar
@@ -20,17 +21,19 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastidmm.augment import MIXES
+from fastidmm import augment
 from fastidmm.batch import Batch, Options, ViewGroup
-from fastidmm.colour import normalise
-from fastidmm.errors import DataError
+from fastidmm.errors import DataError, OutOfMemoryError, UsageError
 from fastidmm.interrupt import unheard
+from fastidmm.kernels import views_cpu
 from fastidmm.loaders.files import Files, unfit
 from fastidmm.loaders.pillow import chances, view
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.preparing.decode import FORMATS, num_cores, sketch, upright
 from fastidmm.store import Store
+
+AHEAD = 3  # batches of a worker: two that wait, one in the making
 
 
 class TorchOptions(Options):
@@ -52,19 +55,23 @@ class Torch(Planned):
 
     def set_up(self) -> None:
         """Find the photographs."""
+        self._check_shared_memory()
+        self.scale, self.bias = {}, {}
+        for group in self.method.views:
+            mean, std = torch.tensor(group.mean), torch.tensor(group.std)
+            self.scale[group] = (1 / (255 * std)).to(self.device)
+            self.bias[group] = (-mean / std).to(self.device)
         files, store = Files.of(self.store), self.store
         self.steps = Steps(files, (store.height, store.width), self)
 
     def made(self, start_step: int) -> Generator[Batch]:
         """Batches from `start_step` on, as the workers finish them, in order."""
-        assert isinstance(self.options, TorchOptions)
         on_gpu = self.device.type == "cuda"
-        workers = self.options.workers or max(1, num_cores() - (not on_gpu))
         loader = DataLoader(
             self.steps,
             batch_size=None,  # a worker's answer is a batch
             sampler=count(start_step),
-            num_workers=workers,
+            num_workers=self._workers(),
             pin_memory=on_gpu,
             worker_init_fn=_alone,
         )
@@ -72,12 +79,37 @@ class Torch(Planned):
             steps = iter(loader)
         try:
             for step in count(start_step):
-                problem, crops = next(steps)
+                try:
+                    problem, crops = next(steps)
+                except RuntimeError as died:  # by the system, which has no more memory, as a rule
+                    raise OutOfMemoryError(
+                        f"a worker of --loader torch was killed ({died}): lower loader.workers, "
+                        "then `fastidmm resume` goes on."
+                    ) from None
                 if problem:
                     raise DataError(problem)
                 yield self._batch(self.plan(step), crops)
         finally:
             del steps  # ends the workers
+
+    def _workers(self) -> int:
+        assert isinstance(self.options, TorchOptions)
+        spare = self.device.type == "cpu"  # a core trains
+        return self.options.workers or max(1, num_cores() - spare)
+
+    def _check_shared_memory(self) -> None:
+        """Workers would wait for ever where what they hand over does not fit /dev/shm."""
+        if not os.path.isdir("/dev/shm"):
+            return
+        pixels = sum(group.count * group.size**2 for group in self.method.views)
+        needed = self._workers() * AHEAD * min(self.batch_size, len(self.store)) * pixels * 3
+        found = os.statvfs("/dev/shm")
+        if needed > (free := found.f_bavail * found.f_frsize):
+            raise UsageError(
+                f"--loader torch: its workers hand over {needed / 1e6:.0f} MB through /dev/shm, "
+                f"where {free / 1e6:.0f} MB are free: lower --batch-size or --set "
+                "loader.workers=N, or make it larger (docker run --shm-size=8g)."
+            )
 
     def _batch(self, plan: Plan, crops: list[Tensor]) -> Batch:
         groups = zip(crops, plan.groups, self.method.views, strict=True)
@@ -85,9 +117,13 @@ class Torch(Planned):
 
     def _finished(self, crops: Tensor, plan: GroupPlan, group: ViewGroup) -> Tensor:
         """Crops (C, S, S, 3) uint8 of the host, normalised and mixed on the device."""
-        there = crops.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        x = MIXES[plan.mix](normalise(there.float() / 255, group), plan)
-        return x.to(self.dtype, memory_format=torch.channels_last)
+        there = crops.to(self.device, non_blocking=True).float()
+        x = torch.addcmul(self.bias[group], there, self.scale[group])
+        if self.device.type == "cpu":
+            mixed = views_cpu.MIXES[plan.mix](x, plan).permute(0, 3, 1, 2)
+        else:
+            mixed = augment.MIXES[plan.mix](x.permute(0, 3, 1, 2), plan)
+        return mixed.to(self.dtype, memory_format=torch.channels_last)
 
 
 Made = tuple[str, list[Tensor]]  # what went wrong, or "", and each group's crops
