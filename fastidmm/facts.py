@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -201,11 +202,11 @@ def memory(root: Path = Path("/")) -> tuple[int, int | None]:
     told = {name: int(kib) << 10 for name, kib in re.findall(r"(?m)^(\w+): +(\d+) kB", text)}
     total = told.get("MemTotal") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = told.get("MemAvailable")
-    for folder, limit, usage, idle in CGROUPS:
+    for group, limit, usage, idle in _groups(root):
         try:
-            most = int((root / folder / limit).read_text())
-            used = int((root / folder / usage).read_text())
-            stat = (root / folder / "memory.stat").read_text()
+            most = int((group / limit).read_text())
+            used = int((group / usage).read_text())
+            stat = (group / "memory.stat").read_text()
         except (OSError, ValueError):  # no such group, or no limit: "max"
             continue
         if most < total:
@@ -213,6 +214,22 @@ def memory(root: Path = Path("/")) -> tuple[int, int | None]:
             left = most - used + (int(kept[1]) if kept else 0)
             total, available = most, left if available is None else min(available, left)
     return total, available
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """This process's memory groups with their files' names, each after the one that holds it.
+
+    In a container its own is the outermost; a scheduler's job lies further in.
+    """
+    told = root / "proc/self/cgroup"
+    lines = told.read_text().splitlines() if told.is_file() else []
+    for folder, limit, usage, idle in CGROUPS:
+        kind = "memory" if folder.endswith("memory") else ""
+        split = [line.split(":", 2) for line in lines]
+        paths = [path for _, kinds, path in split if kind in kinds.split(",")]
+        inner = [part for part in paths[0].split("/") if part] if paths else []
+        for depth in range(len(inner) + 1):
+            yield root.joinpath(folder, *inner[:depth]), limit, usage, idle
 
 
 def measure(folder: Path) -> Disk | str:

@@ -54,6 +54,11 @@ def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 30\n",
     }
     assert facts.memory(write(tmp_path / "old", {"proc/meminfo": MEMINFO} | old)) == (2000, 530)
+    inner = {name.replace("memory/memory", "memory/a/job/memory"): v for name, v in old.items()}
+    inner["sys/fs/cgroup/memory/a/job/memory.limit_in_bytes"] = "1700"
+    job = {"proc/self/cgroup": "7:cpu:/b\n5:hugetlb,memory:/a/job\n0::/\n"}
+    both = {"proc/meminfo": MEMINFO} | old | inner | job
+    assert facts.memory(write(tmp_path / "job", both)) == (1700, 230)
     old["sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712"
     assert facts.memory(write(tmp_path / "old", old)) == machine
 
