@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastidmm.errors import DataError, unwritable
 from fastidmm.places import summed, unsummed
+from fastidmm.preparing.files import sync as sync
 from fastidmm.progress import say
 
 KEPT = 2
@@ -176,12 +177,3 @@ def _drop(path: Path) -> None:
     if path.exists():
         aside = path.rename(path.with_name(f".{path.name}.old.{os.getpid()}"))
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """See a file, or a folder's list of names, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

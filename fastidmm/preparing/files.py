@@ -52,9 +52,9 @@ def put_in_place(aside: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """See a folder's list of names onto the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
