@@ -22,7 +22,7 @@ from fastidmm.batch import Batch
 from fastidmm.bench.figures import stall
 from fastidmm.bench.made import views_of_idmm
 from fastidmm.bench.processes import cpu_seconds, memory
-from fastidmm.bench.training import assembled, one_step
+from fastidmm.bench.training import assembled
 from fastidmm.chance import Counters
 from fastidmm.errors import FastidmmError
 from fastidmm.loaders.files import Files
@@ -30,6 +30,7 @@ from fastidmm.machine import dtype_of, set_up
 from fastidmm.plan import num_steps
 from fastidmm.preparing.decode import num_cores
 from fastidmm.registry import find
+from fastidmm.step import step
 from fastidmm.store import folder_of, open_store
 
 STOCK = "stock-dali"
@@ -142,7 +143,7 @@ class Child:
         """Each batch once it has been learnt from."""
         assert self.parts is not None
         for batch in batches:
-            one_step(self.parts, batch)
+            step(self.parts, batch)
             yield batch
 
     def _unsteady(self) -> int:

@@ -32,9 +32,10 @@ from fastidmm.assemble import Parts
 from fastidmm.batch import Batch, Method
 from fastidmm.bench.figures import Rows, measured, result, stall
 from fastidmm.bench.made import noise, workplace
-from fastidmm.bench.training import assembled, one_step
+from fastidmm.bench.training import assembled
 from fastidmm.loaders.resident import Resident
 from fastidmm.machine import name_of
+from fastidmm.step import advance, backward, step
 
 NUM = 2040  # rows, as the Flowers have: the head has an output for each
 PARTS = ("views", "forward", "loss", "backward", "update")
@@ -137,8 +138,8 @@ def times_of(parts: Parts, repeats: int, steps: int) -> Times:
     still = next(coming)
     found: Times = {name: [] for name in ("step", "one batch", *PARTS)}
     for repeat in range(-1, repeats):  # one to warm up
-        whole = _mean(device, steps, lambda: one_step(parts, next(coming)))
-        alone = _mean(device, steps, lambda: one_step(parts, still))
+        whole = _mean(device, steps, lambda: step(parts, next(coming)))
+        alone = _mean(device, steps, lambda: step(parts, still))
         marked = _parts(parts, coming, steps)
         if repeat >= 0:
             for name, seconds in {"step": whole, "one batch": alone, **marked}.items():
@@ -146,7 +147,7 @@ def times_of(parts: Parts, repeats: int, steps: int) -> Times:
     return found
 
 
-def _mean(device: torch.device, num: int, work: Callable[[], None]) -> float:
+def _mean(device: torch.device, num: int, work: Callable[[], object]) -> float:
     """Seconds of one of `num` calls in a row, waited for at both ends."""
     _wait(device)
     began = time.perf_counter()
@@ -164,7 +165,10 @@ def _parts(parts: Parts, coming: Iterator[Batch], num: int) -> dict[str, float]:
             marks("")
             batch = next(coming)
             marks("views")
-            one_step(parts, batch, marks)
+            loss = backward(parts, batch)
+            marks("backward")
+            advance(parts, batch, loss)
+            marks("update")
     _wait(parts.store.device)
     return {name: seconds / num for name, seconds in marks.seconds().items()}
 
@@ -240,7 +244,7 @@ def write_trace(parts: Parts, path: Path) -> None:
     coming = batches(parts)
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(3):
-            one_step(parts, next(coming))
+            step(parts, next(coming))
         _wait(parts.store.device)
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:

@@ -1,4 +1,4 @@
-"""The loop: batch, loss, update, record; from step 0 or from a checkpoint to the same bits."""
+"""The loop: batch, step, record; from step 0 or from a checkpoint to the same bits."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,13 +8,13 @@ import torch
 
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
-from fastidmm.batch import Batch, Loss
+from fastidmm.batch import Batch
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.interrupt import Stop, stoppable
-from fastidmm.optim import update
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record
+from fastidmm.step import step
 from fastidmm.store import Store
 
 MEMORY_OF_STRIKES = 100  # steps
@@ -72,22 +72,18 @@ def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
     total = record.total_steps
     while state.step < total and not state.ended:
         batch = clock.wait_for(batches)
-        parts.counters.step = state.step
-        loss = backward(parts, batch)
-        lr = parts.schedule(torch.full((), state.step, device=device))
-        norm, skipped = update(parts.optimizer, method, loss.total, lr)
-        method.after_step(loss.keep, state.step)
-        skipped_since = skipped_since + skipped
+        made = step(parts, batch)
+        skipped_since = skipped_since + made.skipped
         state.step += 1
         done = state.step == total
         if done or any(every.due(state.step, n) for n in (every.log, every.knn, every.score)):
             line = {
                 "epoch": -(-state.step // parts.loader.steps_per_epoch),
                 "step": state.step,
-                "loss": loss.total,
-                **loss.parts,
-                "grad_norm": norm,
-                "lr": lr,
+                "loss": made.loss.total,
+                **made.loss.parts,
+                "grad_norm": made.norm,
+                "lr": made.lr,
                 "skipped": skipped_since,
                 **clock.rates(),
             }
@@ -107,39 +103,6 @@ def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
             progress.close()
             break
     return True
-
-
-def backward(parts: Parts, batch: Batch) -> Loss:
-    """Gradients of the whole batch, in as many passes as memory asks for."""
-    device = parts.store.device
-    while True:
-        losses = []
-        try:
-            for micro in batch.micro(parts.state.micro_batches):
-                if not micro.num_crops:
-                    continue
-                with torch.autocast(device.type, parts.dtype, enabled=parts.dtype != torch.float32):
-                    losses.append(parts.method(micro))
-                losses[-1].total.backward()
-            return _sum(losses)
-        except torch.OutOfMemoryError:
-            parts.optimizer.zero_grad(set_to_none=True)
-            if not parts.method.can_be_cut() or parts.state.micro_batches >= batch.num_crops:
-                raise
-        losses.clear()
-        torch.cuda.empty_cache()
-        parts.state.micro_batches *= 2
-        say(f"memory is short: {parts.state.micro_batches} micro-batches from here on.")
-
-
-def _sum(losses: list[Loss]) -> Loss:
-    """The loss of a batch from its micro-batches' shares."""
-    parts = {
-        key: torch.stack([loss.parts[key] for loss in losses]).sum() for key in losses[0].parts
-    }
-    keep = {key: torch.cat([loss.keep[key] for loss in losses]) for key in losses[0].keep}
-    total = torch.stack([loss.total.detach() for loss in losses]).sum()
-    return Loss(total, parts, keep)
 
 
 def strikes(parts: Parts, lines: list[dict[str, Any]], progress: Progress) -> bool:

@@ -11,7 +11,7 @@ import torch
 from toy_runs import FIRST, HIGH, RUN, Killed, losses, recipe, weights
 
 from fastidmm import checkpoint, optim, scoring, stages
-from fastidmm import train as training
+from fastidmm import step as stepping
 from fastidmm.assemble import assemble, training_rows
 from fastidmm.errors import UsageError
 from fastidmm.recipe import Recipe, read_tables
@@ -91,7 +91,7 @@ def test_an_unfinished_stage_is_not_gone_on_from(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stepping, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stages.finetune(run, FIRST, [])
     with pytest.raises(UsageError, match="finetune-16 is not finished: `fastidmm resume"):
         stages.finetune(run, HIGH, [])
@@ -211,7 +211,7 @@ def test_every_stage_resumes_to_the_same_bits(
         return update(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "update", dying)
+        patch.setattr(stepping, "update", dying)
         stages.finetune(run, settings, [], pretrained=pretrained)
     stages.resume(run)
     whole, again = run / name, run / f"{name}-2"

@@ -9,6 +9,7 @@ import torch
 from toy_runs import FIRST, HIGH, RUN, Killed, recipe, weights
 
 from fastidmm import checkpoint, optim, scoring, stages
+from fastidmm import step as stepping
 from fastidmm import train as training
 from fastidmm.assemble import Cadence, assemble, split_rows
 from fastidmm.errors import UsageError
@@ -141,7 +142,7 @@ def test_patience_survives_a_kill(toy: str, monkeypatch: pytest.MonkeyPatch) -> 
         return update(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "update", dying)
+        patch.setattr(stepping, "update", dying)
         stages.finetune(RUN, judged, [])
     stages.resume(RUN)
     stage = Record(RUN / "finetune-16")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastidmm import checkpoint, optim, scoring, stages
-from fastidmm import train as training
+from fastidmm import step as stepping
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import DataError, Interrupted, NumericalError, UsageError
@@ -66,7 +66,7 @@ def kill_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             raise Killed
         return update(*args)
 
-    monkeypatch.setattr(training, "update", dying)
+    monkeypatch.setattr(stepping, "update", dying)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 8])

@@ -30,6 +30,7 @@ from forks import (
 )
 
 from fastidmm import checkpoint, stages
+from fastidmm import step as stepping
 from fastidmm import train as training
 from fastidmm.interrupt import SIGNALS
 from fastidmm.record import Record
@@ -42,9 +43,9 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "assembly": (training, "assemble", 0),
     "reading a checkpoint": (training, "restore", 0),
     "the first checkpoint": (checkpoint, "save", 0),
-    "the first step": (training, "update", 0),
-    "a step": (training, "update", 6),
-    "the last step": (training, "update", 15),
+    "the first step": (stepping, "update", 0),
+    "a step": (stepping, "update", 6),
+    "the last step": (stepping, "update", 15),
     "evaluation": (training, "online_knn", 0),
     "the last evaluation": (training, "online_knn", 1),
     "writing metrics": (Record, "flush", 3),
@@ -159,7 +160,7 @@ def twice(work: Bench, found: Figures) -> None:
             ask(number)
             time.sleep(60)
 
-        child = start(case.command, place, lambda: hook(training, "update", 6, stuck))
+        child = start(case.command, place, lambda: hook(stepping, "update", 6, stuck))
         while not (place / SIGNALLED).exists():
             time.sleep(0.01)
         time.sleep(0.3)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastidmm import checkpoint, optim, stages
-from fastidmm import train as training
+from fastidmm import step as stepping
 from fastidmm.datasets.folder import Folder
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
@@ -90,7 +90,7 @@ def stopped(name: str, before_update: int) -> Path:
             raise Killed
         return update(*given)
 
-    with mock.patch.object(training, "update", dying):
+    with mock.patch.object(stepping, "update", dying):
         try:
             stages.pretrain(recipe(), name)
         except Killed:

@@ -1,0 +1,68 @@
+"""One training step: forward, loss, backward, update. Nothing in it waits for the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastidmm.assemble import Parts
+from fastidmm.batch import Batch, Loss
+from fastidmm.optim import update
+from fastidmm.progress import say
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step came to; all tensors on the device."""
+
+    loss: Loss
+    norm: Tensor  # of the gradients
+    lr: Tensor
+    skipped: Tensor  # whether loss or gradients were not finite, and nothing moved
+
+
+def step(parts: Parts, batch: Batch) -> Stepped:
+    """Learn from a batch, which knows which step it is of."""
+    return advance(parts, batch, backward(parts, batch))
+
+
+def backward(parts: Parts, batch: Batch) -> Loss:
+    """Gradients of the whole batch, in as many passes as memory asks for."""
+    device = parts.store.device
+    parts.counters.step = batch.step
+    while True:
+        losses = []
+        try:
+            for micro in batch.micro(parts.state.micro_batches):
+                if not micro.num_crops:
+                    continue
+                with torch.autocast(device.type, parts.dtype, enabled=parts.dtype != torch.float32):
+                    losses.append(parts.method(micro))
+                losses[-1].total.backward()
+            return _sum(losses)
+        except torch.OutOfMemoryError:
+            parts.optimizer.zero_grad(set_to_none=True)
+            if not parts.method.can_be_cut() or parts.state.micro_batches >= batch.num_crops:
+                raise
+        losses.clear()
+        torch.cuda.empty_cache()
+        parts.state.micro_batches *= 2
+        say(f"memory is short: {parts.state.micro_batches} micro-batches from here on.")
+
+
+def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:
+    """Move the weights by their gradients, and then what follows them."""
+    lr = parts.schedule(torch.full((), batch.step, device=parts.store.device))
+    norm, skipped = update(parts.optimizer, parts.method, loss.total, lr)
+    parts.method.after_step(loss.keep, batch.step)
+    return Stepped(loss, norm, lr, skipped)
+
+
+def _sum(losses: list[Loss]) -> Loss:
+    """The loss of a batch from its micro-batches' shares."""
+    parts = {
+        key: torch.stack([loss.parts[key] for loss in losses]).sum() for key in losses[0].parts
+    }
+    keep = {key: torch.cat([loss.keep[key] for loss in losses]) for key in losses[0].keep}
+    total = torch.stack([loss.total.detach() for loss in losses]).sum()
+    return Loss(total, parts, keep)
