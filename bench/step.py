@@ -19,12 +19,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,20 +220,11 @@ def flop_of_image(method: Method, batch: Batch) -> float:
     """FLOP of the forward and backward passes of an image's crops: 3 times the forward pass's."""
     # On the CPU, where attention and loss are the products that they are defined by.
     alone = copy.deepcopy(method).cpu()
-    image = _on_cpu(batch.micro(batch.num_images)[0])
+    image = batch.micro(batch.num_images)[0].changed(Tensor.cpu)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         alone(image)
     return 3.0 * counter.get_total_flops()
-
-
-def _on_cpu(batch: Batch) -> Batch:
-    names = [field.name for field in fields(batch.groups[0]) if field.name != "total"]
-    groups = [
-        replace(views, **{name: getattr(views, name).cpu() for name in names})
-        for views in batch.groups
-    ]
-    return replace(batch, groups=tuple(groups))
 
 
 def write_trace(parts: Parts, path: Path) -> None:

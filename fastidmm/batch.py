@@ -4,7 +4,7 @@ Letters in shapes: B images of a batch, C crops of a group, S side of a crop in 
 the store, D features.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
@@ -79,18 +79,33 @@ class Views:
     total: int  # crops of the group in the global batch, for means over micro-batches
 
 
+TENSORS = tuple(f.name for f in fields(Views) if f.name != "total")
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a method sees in one step."""
 
     groups: tuple[Views, ...]
-    step: int
+    step: Tensor | int  # where the step is drawn: see `plan.draw`
     num_images: int
 
     @property
     def num_crops(self) -> int:
         """Crops of all groups."""
         return sum(views.rows.numel() for views in self.groups)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of its groups, always in the same order."""
+        return [getattr(views, name) for views in self.groups for name in TENSORS]
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor of its groups changed."""
+        groups = []
+        for views in self.groups:
+            tensors: dict[str, Any] = {name: change(getattr(views, name)) for name in TENSORS}
+            groups.append(replace(views, **tensors))
+        return replace(self, groups=tuple(groups))
 
     def micro(self, num: int) -> list["Batch"]:
         """The batch cut into `num` parts, each with its share of every group's crops."""
@@ -99,9 +114,8 @@ class Batch:
 
 
 def _split(views: Views, num: int) -> list[Views]:
-    names = [f.name for f in fields(views) if f.name != "total"]
-    parts = {name: getattr(views, name).tensor_split(num) for name in names}
-    return [replace(views, **{name: parts[name][i] for name in names}) for i in range(num)]
+    parts = {name: getattr(views, name).tensor_split(num) for name in TENSORS}
+    return [replace(views, **{name: parts[name][i] for name in TENSORS}) for i in range(num)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +162,11 @@ class Method(nn.Module):
         """The loss of a batch; changes no state but BatchNorm statistics."""
         raise NotImplementedError
 
-    def after_step(self, keep: dict[str, Tensor], step: int) -> None:
-        """Move what follows the student: teachers, queues."""
+    def after_step(self, keep: dict[str, Tensor], step: Tensor, skipped: Tensor) -> None:
+        """Move what follows the student, teachers and queues, on the device.
+
+        `step` () int64 is the one just made, from 0; where `skipped` () is true nothing may move.
+        """
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given: all parameters, decayed alike, unless a method differs."""

@@ -53,6 +53,7 @@ def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.
         eps=options.eps,
         weight_decay=options.weight_decay,
         fused=True,
+        capturable=device.type == "cuda",
     )
 
 

@@ -29,6 +29,7 @@ from fastidmm.chance import (
 from fastidmm.kernels.draws import draws
 from fastidmm.randaugment import LEVELS, NONE, OPERATIONS
 
+When = tuple[Tensor | int, Tensor | int, int]  # epoch, step, group
 TRIES = 10
 BLOCKS = 10  # of four words per crop: 5 for the tries, 5 for the rest
 
@@ -74,7 +75,7 @@ class Plan:
 
     rows: Tensor  # (B,) int64
     groups: tuple[GroupPlan, ...]
-    step: int
+    step: Tensor | int
 
 
 def num_steps(num_rows: int, batch_size: int) -> int:
@@ -82,14 +83,18 @@ def num_steps(num_rows: int, batch_size: int) -> int:
     return math.ceil(num_rows / batch_size)
 
 
-def epoch_order(num_rows: int, counters: Counters, epoch: int, device: torch.device) -> Tensor:
+def epoch_order(
+    num_rows: int, counters: Counters, epoch: Tensor | int, device: torch.device
+) -> Tensor:
     """The order of the rows in one epoch: (N,) int64, not to be written to."""
     # A host sorts a million rows in over half a second: not in every step.
-    order = _order if device.type == "cuda" else _kept_order
+    order = _order if isinstance(epoch, Tensor) else _kept_order
     return order(num_rows, counters.key(Use.ORDER), epoch, device)
 
 
-def _order(num_rows: int, key: tuple[int, int], epoch: int, device: torch.device) -> Tensor:
+def _order(
+    num_rows: int, key: tuple[int, int], epoch: Tensor | int, device: torch.device
+) -> Tensor:
     return permutation(philox((epoch, torch.arange(num_rows, device=device), 0, 0), key))
 
 
@@ -104,36 +109,50 @@ def draw(
     step: int,
     batch_size: int,
     cutmix_groups: int = 1,
+    counter: Tensor | None = None,
 ) -> Plan:
-    """Draw the plan of one step; `sizes` holds all heights and widths of the store, (N,) each."""
-    epoch, place = divmod(step, num_steps(sizes[0].numel(), batch_size))
-    order = epoch_order(sizes[0].numel(), counters, epoch, sizes[0].device)
-    rows = order[place * batch_size : (place + 1) * batch_size]
+    """Draw the plan of one step; `sizes` holds all heights and widths of the store, (N,) each.
+
+    `counter`, () int64, holds the step where the sizes are. Numbers are drawn from it then, and the
+    step given only says how many rows there are and how they mix: a capture may go on with others.
+    """
+    num = sizes[0].numel()
+    epoch, place = divmod(step, num_steps(num, batch_size))
+    first = place * batch_size
+    if counter is None:
+        when: tuple[Tensor | int, Tensor | int] = (epoch, step)
+        rows = epoch_order(num, counters, epoch, sizes[0].device)[first : first + batch_size]
+    else:
+        when = (counter // num_steps(num, batch_size), counter)
+        places = torch.arange(min(batch_size, num - first), device=counter.device)
+        places = places + (counter % num_steps(num, batch_size)) * batch_size
+        rows = epoch_order(num, counters, when[0], counter.device)[places]
     plans = []
     first_view = 0
     for index, group in enumerate(groups):
         views = torch.arange(first_view, first_view + group.count, device=rows.device)
+        mix = mix_of(group, epoch)
         plans.append(
-            _draw_group(group, rows, views, sizes, counters, (epoch, step, index), cutmix_groups)
+            _draw_group(group, mix, rows, views, sizes, counters, (*when, index), cutmix_groups)
         )
         first_view += group.count
-    return Plan(rows, tuple(plans), step)
+    return Plan(rows, tuple(plans), when[1])
 
 
 def _draw_group(
     group: ViewGroup,
+    mix: Mix,
     rows: Tensor,
     views: Tensor,
     sizes: tuple[Tensor, Tensor],
     counters: Counters,
-    when: tuple[int, int, int],
+    when: When,
     cutmix_groups: int,
 ) -> GroupPlan:
     crop_rows, crop_views = rows.repeat(views.numel()), views.repeat_interleave(rows.numel())
     own = draws(group, crop_rows, crop_views, sizes, counters, when[0])
     origin, scale, window = (own.pop(name) for name in ("origin", "scale", "window"))
     crops = Crops(crop_rows, origin, scale, window, group.size, group.interpolation)
-    mix = mix_of(group, when[0])
     partner, paste, weight = _draw_mix(group, mix, rows, counters, when, cutmix_groups)
     return GroupPlan(crops=crops, **own, mix=mix, partner=partner, box=paste, weight=weight)
 
@@ -144,7 +163,7 @@ def own_draws(
     views: Tensor,
     sizes: tuple[Tensor, Tensor],
     counters: Counters,
-    epoch: int,
+    epoch: Tensor | int,
 ) -> dict[str, Tensor]:
     """What chance decides of each crop by itself: the definition of `kernels.draws`."""
     blocks = torch.arange(BLOCKS, device=rows.device)
@@ -238,7 +257,7 @@ def central_crops(rows: Tensor, high: Tensor, wide: Tensor, *, size: int, resize
 
 
 def _draw_operations(
-    group: ViewGroup, rows: Tensor, views: Tensor, counters: Counters, epoch: int
+    group: ViewGroup, rows: Tensor, views: Tensor, counters: Counters, epoch: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RandAugment's operations, levels, signs and spots, independent of one another."""
     num = group.randaugment
@@ -266,7 +285,7 @@ def _draw_mix(
     mix: Mix,
     rows: Tensor,
     counters: Counters,
-    when: tuple[int, int, int],
+    when: When,
     cutmix_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partners, pasted boxes and weights: (C,), (C, 4), (C,)."""

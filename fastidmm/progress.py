@@ -75,7 +75,6 @@ class Clock:
         began = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - began
-        self.images += batch.num_images
         return batch
 
     def rates(self) -> dict[str, float]:

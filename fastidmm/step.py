@@ -13,12 +13,14 @@ from fastidmm.progress import say
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What a step came to; all tensors on the device."""
+    """What a step came to; tensors on the device."""
 
-    loss: Loss
+    loss: Tensor
+    parts: dict[str, Tensor]  # of the loss, worth logging
     norm: Tensor  # of the gradients
     lr: Tensor
     skipped: Tensor  # whether loss or gradients were not finite, and nothing moved
+    num_images: int
 
 
 def step(parts: Parts, batch: Batch) -> Stepped:
@@ -41,6 +43,8 @@ def backward(parts: Parts, batch: Batch) -> Loss:
                 losses[-1].total.backward()
             return _sum(losses)
         except torch.OutOfMemoryError:
+            if parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise
             parts.optimizer.zero_grad(set_to_none=True)
             if not parts.method.can_be_cut() or parts.state.micro_batches >= batch.num_crops:
                 raise
@@ -52,10 +56,13 @@ def backward(parts: Parts, batch: Batch) -> Loss:
 
 def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:
     """Move the weights by their gradients, and then what follows them."""
-    lr = parts.schedule(torch.full((), batch.step, device=parts.store.device))
+    number = batch.step
+    if not isinstance(number, Tensor):
+        number = torch.full((), number, device=parts.store.device)
+    lr = parts.schedule(number)
     norm, skipped = update(parts.optimizer, parts.method, loss.total, lr)
-    parts.method.after_step(loss.keep, batch.step)
-    return Stepped(loss, norm, lr, skipped)
+    parts.method.after_step(loss.keep, number, skipped)
+    return Stepped(loss.total, loss.parts, norm, lr, skipped, batch.num_images)
 
 
 def _sum(losses: list[Loss]) -> Loss:

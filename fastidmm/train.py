@@ -8,13 +8,13 @@ import torch
 
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
-from fastidmm.batch import Batch
+from fastidmm.capture import stepped
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.interrupt import Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record
-from fastidmm.step import step
+from fastidmm.step import Stepped
 from fastidmm.store import Store
 
 MEMORY_OF_STRIKES = 100  # steps
@@ -52,16 +52,16 @@ def train(record: Record) -> None:
 
 def attempted(parts: Parts, stop: Stop) -> bool:
     """Whether the run was brought to its end or stopped; false: it must roll back."""
-    with closing(parts.loader.batches(parts.state.step)) as batches:
-        return steps(parts, stop, batches)
+    clock = Clock()
+    with closing(stepped(parts, clock)) as coming:
+        return steps(parts, stop, coming, clock)
 
 
-def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
+def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> bool:
     """Steps until the run is done or asked to stop (true), or must roll back (false)."""
     state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
     device = parts.store.device
     every = Cadence.of(parts)
-    clock = Clock()
     skipped_since = torch.full((), state.skipped, device=device)
     if state.step == 0:
         save(parts, clock)
@@ -71,8 +71,8 @@ def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
     method.train()
     total = record.total_steps
     while state.step < total and not state.ended:
-        batch = clock.wait_for(batches)
-        made = step(parts, batch)
+        made = next(coming)
+        clock.images += made.num_images
         skipped_since = skipped_since + made.skipped
         state.step += 1
         done = state.step == total
@@ -80,8 +80,8 @@ def steps(parts: Parts, stop: Stop, batches: Iterator[Batch]) -> bool:
             line = {
                 "epoch": -(-state.step // parts.loader.steps_per_epoch),
                 "step": state.step,
-                "loss": made.loss.total,
-                **made.loss.parts,
+                "loss": made.loss,
+                **made.parts,
                 "grad_norm": made.norm,
                 "lr": made.lr,
                 "skipped": skipped_since,

@@ -28,12 +28,12 @@ CROPS = 128  # of a program
 
 def draws(
     group: ViewGroup, rows: Tensor, views: Tensor, sizes: tuple[Tensor, Tensor],
-    counters: Counters, epoch: int,
+    counters: Counters, epoch: Tensor | int,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of a `GroupPlan`, and the three tensors of its crops, by name.
 
     rows, views (C,) int64: the image and the number of each crop's view; sizes: all heights and
-    widths of the store, (N,) each.
+    widths of the store, (N,) each; epoch: a number, or () int64 where the rows are.
     """
     if triton is None or not rows.is_cuda:
         return reference(group, rows, views, sizes, counters, epoch)
@@ -42,7 +42,7 @@ def draws(
 
 def reference(
     group: ViewGroup, rows: Tensor, views: Tensor, sizes: tuple[Tensor, Tensor],
-    counters: Counters, epoch: int,
+    counters: Counters, epoch: Tensor | int,
 ) -> dict[str, Any]:  # fmt: skip
     """The definition, on any device."""
     from fastidmm.plan import own_draws
@@ -52,7 +52,7 @@ def reference(
 
 def fused(
     group: ViewGroup, rows: Tensor, views: Tensor, sizes: tuple[Tensor, Tensor],
-    counters: Counters, epoch: int,
+    counters: Counters, epoch: Tensor | int,
 ) -> dict[str, Any]:  # fmt: skip
     """The same numbers by one kernel."""
     num, turns, device = rows.numel(), group.randaugment, rows.device
@@ -75,6 +75,9 @@ def fused(
     }
     if num:
         chances, ranges, orders = _constants(group, device)
+        # By address: a capture goes on with other epochs, and numbers are compiled in at times.
+        if not isinstance(epoch, Tensor):
+            epoch = torch.full((), epoch, device=device)
         keys = [low | high << 32 for low, high in map(counters.key, (Use.CROP, Use.OPERATION))]
         program.draws[(triton.cdiv(num, CROPS),)](
             rows, views, sizes[0].contiguous(), sizes[1].contiguous(),

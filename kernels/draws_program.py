@@ -93,12 +93,13 @@ def draws(
     rows, views, heights, widths, ratio_table, orders, chances, ranges,
     origin, scale, window, flip, jitter, gray, blur, solarize, order, factors, sigma,
     operation, level, negative, spot,
-    key: tl.int64, operation_key: tl.int64, epoch, num, size,
+    key: tl.int64, operation_key: tl.int64, epochs, num, size,
     TURNS: tl.constexpr, CROPS: tl.constexpr,
 ):  # fmt: skip
     """All that chance decides of a block of crops, one by one."""
     crop = tl.program_id(0) * CROPS + tl.arange(0, CROPS)
     here = crop < num
+    epoch = tl.load(epochs).to(tl.int32)
     place = tl.load(rows + crop, here, 0)
     row, view = place.to(tl.int32), tl.load(views + crop, here, 0).to(tl.int32)
     high = tl.load(heights + place).to(tl.int64)

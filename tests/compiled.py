@@ -120,13 +120,13 @@ def view_builds(architecture: int) -> dict[str, Build]:
 def draw_builds(architecture: int) -> dict[str, Build]:
     """The draws of pretraining and of fine-tuning."""
     kinds = {
-        "*i64": "rows views orders chances window order operation level spot",
+        "*i64": "rows views epochs orders chances window order operation level spot",
         "*i32": "heights widths",
         "*fp64": "ratio_table ranges origin scale",
         "*fp32": "factors sigma",
         "*i1": "flip jitter gray blur solarize negative",
         "i64": "key operation_key",
-        "i32": "epoch num size",
+        "i32": "num size",
     }
     arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
     counter = {"a": "i32", "b": "*i64", "c": "i32", "d": "*i64"}

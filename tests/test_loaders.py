@@ -111,7 +111,7 @@ def first(loader: Planned, num: int, start: int = 0) -> list[Batch]:
 def equal(one: Batch, other: Batch) -> bool:
     """Whether two batches are the same to the bit."""
     pairs = zip(one.groups, other.groups, strict=True)
-    return one.step == other.step and all(
+    return bool(one.step == other.step) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in TENSORS
     )
 

@@ -127,7 +127,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, hit: Callable[[int, int], bool]) ->
     def failing(self: IDMM, batch: Batch) -> Loss:
         loss = forward(self, batch)
         assert isinstance(self.backbone, Encoder)
-        factor = float("nan") if hit(self.backbone.counters.attempt, batch.step) else 1.0
+        factor = float("nan") if hit(self.backbone.counters.attempt, int(batch.step)) else 1.0
         return Loss(loss.total * factor, loss.parts)
 
     monkeypatch.setattr(IDMM, "forward", failing)

@@ -23,6 +23,8 @@ class Planned:
     """A loader less its way to pixels: a subclass gives `made`, one batch after the other."""
 
     Options: ClassVar[type[NoOptions]] = NoOptions  # the recipe's table [loader]
+    # Whether `batch` is made by the device alone, from a counter that it reads: see `capture`.
+    on_device: ClassVar[bool] = False
     # Most that its views may differ from `augment.render`'s on average, in 1/255 of the range.
     deviation: ClassVar[float] = 0.5
 
@@ -92,19 +94,31 @@ class Planned:
         for step in count(start_step):
             yield self.batch(step)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step, for loaders that can make any at any time."""
+    def batch(self, step: int, counter: Tensor | None = None) -> Batch:
+        """The batch of one step, for loaders that can make any at any time; as `plan`."""
         raise NotImplementedError
 
-    def plan(self, step: int, sizes: tuple[Tensor, Tensor] | None = None) -> Plan:
-        """What chance decides in a step: where `sizes` are, by default on the device."""
+    def plan(
+        self,
+        step: int,
+        sizes: tuple[Tensor, Tensor] | None = None,
+        counter: Tensor | None = None,
+    ) -> Plan:
+        """What chance decides in a step: where `sizes` are, by default on the device.
+
+        `counter` as for `plan.draw`; on a GPU there is always one.
+        """
+        sizes = sizes or self.sizes
+        if counter is None and sizes[0].is_cuda:
+            counter = torch.full((), step, device=sizes[0].device)
         return draw(
-            sizes or self.sizes,
+            sizes,
             self.method.views,
             self.counters,
             step=step,
             batch_size=self.batch_size,
             cutmix_groups=self.method.cutmix_groups,
+            counter=counter,
         )
 
     def rows(self, step: int) -> Tensor:

@@ -8,6 +8,8 @@ Deviation from the plain renderer: that of `kernels/views.py`, and nothing else.
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from fastidmm.batch import Batch, Options
 from fastidmm.kernels.views import views
 from fastidmm.loaders.memory import Tier, place
@@ -24,15 +26,16 @@ class Resident(Planned):
     """Batches rendered from pixels that stay where the device reads them."""
 
     Options: ClassVar[type[Options]] = ResidentOptions
+    on_device = True
 
     def set_up(self) -> None:
         """Bring the pixels there."""
         assert isinstance(self.options, ResidentOptions)
         self.store = place(self.store, self.device, self.options.tier)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step."""
-        plan = self.plan(step)
+    def batch(self, step: int, counter: Tensor | None = None) -> Batch:
+        """The batch of one step; nothing of it but its shapes is known to the host."""
+        plan = self.plan(step, counter=counter)
         pixels = [
             views(self.store, group_plan, group, self.dtype)
             for group_plan, group in zip(plan.groups, self.method.views, strict=True)

@@ -1,0 +1,145 @@
+"""Whole steps as CUDA graphs: plan, views, forward, loss, backward and update in one launch.
+
+A graph repeats what it was captured with: addresses, shapes, and the numbers that the host gave.
+So whatever changes from step to step is read from one counter on the device, and whatever changes
+shapes or branches makes a step of another kind, with a graph of its own. The first steps of a kind
+are made one operation at a time: kernels are compiled, memory is settled. The next one is captured,
+and from there on replayed: the same kernels on the same numbers, so the same bits.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from fastidmm.assemble import Parts
+from fastidmm.batch import Batch
+from fastidmm.loaders.planned import Planned
+from fastidmm.plan import mix_of
+from fastidmm.progress import Clock, say
+from fastidmm.step import Stepped, step
+
+WARM_UP = 2  # steps of a kind before it is captured
+AHEAD = 8  # steps the host may be ahead of the device: who asks a run to stop waits for these
+
+Kind = tuple[Any, ...]
+
+
+class Recording(Protocol):
+    """Work that was recorded, to be done again."""
+
+    def record(self, work: Callable[[], Stepped]) -> Stepped:
+        """What the work gives, in memory that every replay writes to; it is not done yet."""
+        ...
+
+    def replay(self) -> None:
+        """Do it."""
+        ...
+
+
+class CudaGraph:
+    """A `Recording` on a GPU; all share one pool of memory, since they never run at once."""
+
+    def __init__(self, pool: Any = None) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+
+    def record(self, work: Callable[[], Stepped]) -> Stepped:
+        """As `Recording`; raises RuntimeError where something of it cannot be captured."""
+        # Threads of a loader may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            return work()
+
+    def replay(self) -> None:
+        """As `Recording`."""
+        self._graph.replay()
+
+
+class Captured:
+    """Steps of a run, captured by kind; a step that cannot be is made as it is without."""
+
+    def __init__(self, parts: Parts, recording: Callable[[], Recording] | None = None) -> None:
+        """`recording` makes a new one; by default, graphs on the run's GPU."""
+        self.parts = parts
+        self._recording = recording or partial(CudaGraph, torch.cuda.graph_pool_handle())
+        self._counter = torch.zeros((), dtype=torch.int64, device=parts.store.device)
+        self._seen: Counter[Kind] = Counter()
+        self._graphs: dict[Kind, tuple[Recording, Stepped, Batch | None]] = {}
+        self._impossible = False
+
+    def step(self, number: int, batch: Batch | None = None) -> Stepped:
+        """Make the step of that number, from `batch` or else from what the loader makes of it.
+
+        What it gives is overwritten by the next step of its kind.
+        """
+        kind = self._kind(number) if batch is None else (batch.num_images,)
+        kind = (*kind, self.parts.state.micro_batches)
+        self._counter.fill_(number)
+        if kind not in self._graphs and not self._capture(kind, number, batch):
+            return self._make(number, batch)
+        graph, made, held = self._graphs[kind]
+        if batch is not None and held is not None:
+            for fresh, fixed in zip(batch.tensors(), held.tensors(), strict=True):
+                fixed.copy_(fresh)
+        graph.replay()
+        return made
+
+    def _kind(self, number: int) -> Kind:
+        """What decides shapes and branches of a step that the device makes from its counter."""
+        loader = self.parts.loader
+        assert isinstance(loader, Planned)
+        epoch, place = divmod(number, loader.steps_per_epoch)
+        rows = min(loader.batch_size, len(loader.store) - place * loader.batch_size)
+        return rows, *(mix_of(group, epoch) for group in loader.method.views)
+
+    def _make(self, number: int, batch: Batch | None) -> Stepped:
+        """One operation at a time."""
+        if batch is None:
+            assert isinstance(self.parts.loader, Planned)
+            batch = self.parts.loader.batch(number, self._counter)
+        return step(self.parts, batch)
+
+    def _capture(self, kind: Kind, number: int, batch: Batch | None) -> bool:
+        """Record a kind of step; false while it is too early, and where it cannot be done."""
+        self._seen[kind] += 1
+        if self._impossible or self._seen[kind] <= WARM_UP:
+            return False
+        held = None if batch is None else replace(batch.changed(torch.clone), step=self._counter)
+        graph = self._recording()
+        try:
+            made = graph.record(lambda: self._make(number, held))
+        except RuntimeError as problem:
+            # Gradients that were recorded and never computed must not be used.
+            self.parts.optimizer.zero_grad(set_to_none=True)
+            self._impossible = True
+            why = str(problem).splitlines()[0]
+            say(f"steps are not captured ({why}): they are made one operation at a time.")
+            return False
+        self._graphs[kind] = graph, made, held
+        return True
+
+
+def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
+    """Steps from where a run stands on, each made when it is asked for, and soon overwritten.
+
+    Closing it ends every thread and process behind it.
+    """
+    state, loader = parts.state, parts.loader
+    on_gpu = parts.store.device.type == "cuda"
+    captured = Captured(parts) if on_gpu and parts.recipe.run.capture else None
+    under_way: deque[torch.cuda.Event] = deque()
+    with closing(loader.batches(state.step)) as batches:
+        while True:
+            if captured is None:
+                yield step(parts, clock.wait_for(batches))
+            elif isinstance(loader, Planned) and loader.on_device:
+                yield captured.step(state.step)
+            else:
+                yield captured.step(state.step, clock.wait_for(batches))
+            if on_gpu:
+                under_way.append(torch.cuda.current_stream().record_event())
+                if len(under_way) > AHEAD:
+                    under_way.popleft().synchronize()

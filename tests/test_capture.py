@@ -1,0 +1,187 @@
+"""Captured steps against plain ones, by a stand-in for CUDA's graphs that replays on the CPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import NotCapturable, Recorded
+from synthetic import small_store
+from torch import Tensor
+
+from fastidmm import chance, colour
+from fastidmm.assemble import Parts
+from fastidmm.batch import Batch
+from fastidmm.bench.training import assembled
+from fastidmm.capture import WARM_UP, Captured
+from fastidmm.kernels import views, words
+from fastidmm.loaders import resident
+from fastidmm.loaders.planned import Planned
+from fastidmm.registry import METHODS
+from fastidmm.step import Stepped, step
+
+NUM, BATCH = 7, 4  # steps of 4 and 3 rows
+STEPS = 16
+
+
+@pytest.fixture(autouse=True)
+def plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU does by NumPy and crop by crop, as a GPU without kernels does it."""
+    monkeypatch.setattr(colour, "on_gpu", lambda x: True)
+    monkeypatch.setattr(chance, "words", words.reference)
+    monkeypatch.setattr(resident, "views", views.reference)
+
+
+def parts_of(method: str, place: Path, **run: object) -> Parts:
+    run = {
+        "dataset": "made", "method": method, "backbone": "vit_micro", "resolution": 16,
+        "epochs": 8, "batch_size": BATCH, "loader": "resident", "device": "cpu", **run,
+    }  # fmt: skip
+    place.mkdir()
+    return assembled({"run": run, "backbone": {"drop_path": 0.3}}, small_store(NUM), place)
+
+
+def told(made: Stepped) -> list[float]:
+    """All that a metric line takes from a step."""
+    tensors = [made.loss, made.norm, made.lr, made.skipped, *made.parts.values()]
+    return [float(t) for t in tensors]
+
+
+def state(parts: Parts) -> Iterator[Tensor]:
+    """Everything that training moves."""
+    yield from parts.method.state_dict().values()
+    for table in parts.optimizer.state.values():
+        yield from (value for value in table.values() if isinstance(value, Tensor))
+
+
+def plainly(parts: Parts, num: int = STEPS) -> list[list[float]]:
+    """Steps with numbers of the host."""
+    assert isinstance(parts.loader, Planned)
+    return [told(step(parts, parts.loader.batch(number))) for number in range(num)]
+
+
+def same(one: Parts, other: Parts) -> bool:
+    """Whether no bit of weights and moments differs."""
+    return all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_replays_are_the_steps_themselves(method: str, tmp_path: Path) -> None:
+    """To the bit: tail batches, Mixup and CutMix epochs, drop-path, from the very start."""
+    plain = parts_of(method, tmp_path / "plain")
+    caught = parts_of(method, tmp_path / "caught")
+    for parts in (plain, caught):
+        parts.state.micro_batches = 2 if parts.method.can_be_cut() else 1
+    captured = Captured(caught, Recorded)
+    found = [told(captured.step(number)) for number in range(STEPS)]
+    assert found == plainly(plain)
+    assert same(caught, plain)
+    mixes = {group.mix for group in caught.method.views}
+    kinds = 4 if "alternate" in mixes else 2
+    assert len(captured._graphs) == kinds  # of rows and of mixing: all were replayed
+
+
+def test_a_run_goes_on_from_any_step(tmp_path: Path) -> None:
+    """What is captured after a resume is what was captured before."""
+    whole, cut = (parts_of("idmm", tmp_path / name) for name in ("whole", "cut"))
+    captured = Captured(whole, Recorded)
+    found = [told(captured.step(number)) for number in range(11)]
+    one, other = Captured(cut, Recorded), Captured(cut, Recorded)
+    again = [told((one if number < 5 else other).step(number)) for number in range(11)]
+    assert again == found and same(whole, cut)
+
+
+def test_batches_that_a_loader_brings(tmp_path: Path) -> None:
+    """They are copied to where the graph reads; their own memory is free again."""
+    plain, caught = (parts_of("supervised", tmp_path / name) for name in ("plain", "caught"))
+    captured, loader = Captured(caught, Recorded), caught.loader
+    assert isinstance(loader, Planned)
+    found = []
+    for number in range(STEPS):
+        batch = loader.batch(number)
+        found.append(told(captured.step(number, batch)))
+        for tensor in batch.tensors():
+            tensor.zero_()
+    assert found == plainly(plain) and same(caught, plain)
+    assert len(captured._graphs) == 2
+
+
+def test_a_step_that_is_not_finite_moves_nothing(
+    tmp_path: Path,
+) -> None:
+    parts = parts_of("idmm", tmp_path / "run")
+    captured = Captured(parts, Recorded)
+    for number in range(9):
+        captured.step(number)
+    before = [t.clone() for t in state(parts)]
+    bias = parts.method.get_parameter("head.bias")
+    kept = bias.detach().clone()
+    bias.data[3] = float("nan")
+    made = captured.step(9)
+    bias.data.copy_(kept)
+    assert bool(made.skipped)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(parts), strict=True))
+    assert not captured.step(10).skipped
+
+
+def test_what_cannot_be_captured_is_said_and_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, caught = (parts_of("idmm", tmp_path / name) for name in ("plain", "caught"))
+    kind = type(caught.method)
+    forward = kind.forward
+
+    def asking(self: object, batch: Batch) -> object:
+        loss = forward(self, batch)  # type: ignore[arg-type]
+        return loss if loss.total.detach() > 0 else None
+
+    monkeypatch.setattr(kind, "forward", asking)
+    captured = Captured(caught, Recorded)
+    found = [told(captured.step(number)) for number in range(STEPS)]
+    assert found == plainly(plain) and same(caught, plain)
+    assert not captured._graphs
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "steps are not captured (aten::_local_scalar_dense waits for the device): they are made "
+        "one operation at a time."
+    ]
+
+
+def test_kinds_are_captured_when_they_have_warmed_up(tmp_path: Path) -> None:
+    captured = Captured(parts_of("idmm", tmp_path / "run"), Recorded)
+    graphs = []
+    for number in range(2 * WARM_UP + 2):  # a full batch and a tail, by turns
+        captured.step(number)
+        graphs.append(len(captured._graphs))
+    assert graphs == [0] * 2 * WARM_UP + [1, 2]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x[0].item(),
+        lambda x: torch.tensor([1.0, 2.0]) + x,
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: 1 if x.sum() > 0 else 0,
+    ],
+)
+def test_the_stand_in_refuses_what_cuda_does(work: object) -> None:
+    with pytest.raises(NotCapturable):
+        Recorded().record(lambda: work(torch.ones(3)))  # type: ignore[operator]
+
+
+def test_the_stand_in_replays_on_the_same_memory() -> None:
+    x, total = torch.arange(3.0), torch.zeros(3)
+    graph = Recorded()
+
+    def work() -> Tensor:
+        total.add_(x)
+        return (x * 2).view(-1)[1:]
+
+    found = graph.record(work)
+    assert total.tolist() == [0, 0, 0]
+    x.fill_(5)
+    graph.replay()
+    graph.replay()
+    assert total.tolist() == [10, 10, 10] and found.tolist() == [10, 10]
