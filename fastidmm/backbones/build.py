@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastidmm.backbones.drop import draw_from_counters
+from fastidmm.backbones.drop import PathWords, draw_from_counters
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
@@ -49,7 +49,8 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         super().__init__()
-        self.model, self.counters = draw_from_counters(model, counters), counters
+        self.words = PathWords(counters)
+        self.model, self.counters = draw_from_counters(model, self.words), counters
         # Where a head has hidden layers, what comes before the classifier is wider or narrower.
         width = getattr(model, "head_hidden_size", None) or model.num_features
         self.num_features = int(width)  # type: ignore[arg-type]
@@ -57,6 +58,8 @@ class Encoder(nn.Module):
     def set_place(self, place: Tensor) -> None:
         """Say which crops of the global batch come next: (C,) int64."""
         self.counters.place = place
+        if self.training:
+            self.words.draw()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before any head: (C, D)."""

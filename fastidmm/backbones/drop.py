@@ -11,38 +11,22 @@ DRAWING = ("drop", "noise", "stochastic")
 
 
 class PathWords:
-    """The words of all drop-paths of a model, drawn together: once a forward pass.
+    """The words of all drop-paths of a model, drawn together before a forward pass.
 
-    One by one they would be some two hundred small operations a block.
+    One by one they would be some two hundred small operations a block; and a compiled model finds
+    them there, as numbers that it is given.
     """
 
     def __init__(self, counters: Counters) -> None:
         self.counters, self.num_blocks = counters, 0
-        self._drawn_for: tuple[object, ...] = ()
-        self._words = torch.zeros(0)
+        self.drawn = torch.zeros(0, 0)  # (C, blocks) int64
 
-    def of(self, block: int) -> Tensor:
-        """A word for each crop of this pass: (C,) int64."""
+    def draw(self) -> None:
+        """For the crops that come next, as the counters tell."""
         state = self.counters
-        now = (state.place, state.step, state.attempt, state.seed, self.num_blocks)
-        if not _same(now, self._drawn_for):
-            blocks = torch.arange(self.num_blocks, device=state.place.device)
-            counter = (state.step, state.place[:, None], blocks, 0)
-            self._words = philox(counter, state.key(Use.DROP))[..., 0]
-            self._drawn_for = now
-        return self._words[:, block]
-
-
-def _same(now: tuple[object, ...], before: tuple[object, ...]) -> bool:
-    """Whether the same is asked for as before: of tensors the object, not what is in it.
-
-    Every forward pass is told its places by a new tensor, and to compare would be to wait.
-    """
-    numbers = (int, float)
-    return len(now) == len(before) and all(
-        a is b or (isinstance(a, numbers) and isinstance(b, numbers) and a == b)
-        for a, b in zip(now, before, strict=True)
-    )
+        blocks = torch.arange(self.num_blocks, device=state.place.device)
+        counter = (state.step, state.place[:, None], blocks, 0)
+        self.drawn = philox(counter, state.key(Use.DROP))[..., 0]
 
 
 class DropPath(nn.Module):
@@ -60,7 +44,7 @@ class DropPath(nn.Module):
         """x (C, ...): zero for dropped crops, x / (1 - p) for the others, while training."""
         if not self.training or self.p == 0:
             return x
-        words = self.words.of(self.block)
+        words = self.words.drawn[:, self.block]
         assert len(words) == len(x), "say which crops come next: Encoder.set_place"
         keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)
         return x * keep.view(-1, *[1] * (x.ndim - 1))
@@ -85,9 +69,9 @@ class Dropout(nn.Module):
         return x * ((~happens(words, self.p)).to(x.dtype) / (1 - self.p)).view_as(x)
 
 
-def draw_from_counters(model: nn.Module, counters: Counters) -> nn.Module:
+def draw_from_counters(model: nn.Module, words: PathWords) -> nn.Module:
     """Replace every drop-path and dropout of a model, numbered in the order of its modules."""
-    block, words = 0, PathWords(counters)
+    block = 0
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             kind = type(child).__name__
@@ -98,7 +82,7 @@ def draw_from_counters(model: nn.Module, counters: Counters) -> nn.Module:
                 # Fused attention takes p from this module and draws by itself.
                 if name == "attn_drop" and child.p > 0:
                     raise UsageError(f"{path}: dropout inside attention cannot be repeated; set 0.")
-                fresh = Dropout(child.p, block, counters)
+                fresh = Dropout(child.p, block, words.counters)
             elif any(word in kind.lower() for word in DRAWING) and not isinstance(
                 child, DropPath | Dropout
             ):
