@@ -13,7 +13,7 @@ import torch
 from conftest import make_photos
 from test_cli import Type, sentence
 from test_cli import typed as typed
-from test_train import fail_at
+from test_train import FORKS, fail_at
 from toy_runs import FIRST, HIGH, RUN, recipe
 
 from fastidmm import checkpoint, stages, verify
@@ -120,22 +120,18 @@ def test_with_more_to_compare_than_steps_losses_are_compared(toy: None) -> None:
     assert (found.first, found.last, found.losses, found.checkpoints) == (10, 18, 9, [18])
 
 
-def test_steps_between_lines_and_a_skipped_one_are_counted(
-    toy: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing", [5, 9])
+def test_a_skipped_step_is_skipped_again(
+    toy: None, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """A step in three logged, and in four kept; the checkpoint holds a skip no line has told."""
-    fail_at(monkeypatch, lambda attempt, step: step == 15)
-    settings = {"epochs": 8, "log_every": 7, "knn_every": 100, "checkpoint_every": 4}
-    stages.pretrain(recipe(**settings), "run")
+    """Before the checkpoint, and the next line tells; or after it, and a line has no loss."""
+    fail_at(monkeypatch, lambda attempt, step: step == failing)
+    stages.pretrain(recipe(epochs=4, log_every=5, knn_every=100, checkpoint_every=2), "run")
     lines = Record(RUN).metrics()
-    assert [(line["step"], line["skipped"]) for line in lines] == [
-        (7, 0),
-        (14, 0),
-        (21, 1),
-        (24, 0),
-    ]
+    assert [(line["step"], line["skipped"]) for line in lines] == [(5, 0), (10, 1), (12, 0)]
+    assert (lines[1]["loss"] is None) == (failing == 9)
     (found,) = verify.verify(RUN, 20)
-    assert (found.first, found.losses, found.difference) == (13, 3, "")
+    assert (found.first, found.losses, found.difference) == (7, 2, "")
 
 
 def test_a_run_that_went_back_is_replayed_in_its_attempt(
@@ -152,6 +148,14 @@ def test_a_run_that_went_back_is_replayed_in_its_attempt(
 def test_micro_batches_are_those_of_the_run(toy: None) -> None:
     stages.pretrain(recipe(micro_batches=3, epochs=1), "run")
     assert not verify.verify(RUN, 20)[0].difference
+
+
+@pytest.mark.slow
+@FORKS
+def test_every_kind_of_difference_is_found_by_the_command() -> None:
+    found = replay.trials(5, ["pretrain idmm", "holdout", replay.LONG])
+    assert not found.broken and (found.identical, found.found, found.touched) == (3, 5, 0)
+    assert found.steps > 20 and found.checkpoints == 3
 
 
 # --- different ----------------------------------------------------------------------------------
