@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,18 @@ def found(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run that is whole, those passed over said; None: there is none."""
-    told = found(folder)
+    return next(whole(folder), None)
+
+
+def whole(folder: Path) -> Iterator[Path]:
+    """The checkpoints of a run that are whole, the newest first, those passed over said."""
+    told, any_whole = found(folder), False
     for path in reversed(told):
         if not _damage(path, _stamps(path)):
-            return path
-    if told:
+            any_whole = True
+            yield path
+    if told and not any_whole:
         raise DataError(f"every checkpoint in {folder} is damaged: start a new run.")
-    return None
 
 
 def at(folder: Path, step: int) -> Path:
@@ -140,7 +145,7 @@ def _damage(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
         described = _described(path)
         _check(path, described, described["sha256"])
     except (OSError, ValueError) as problem:
-        say(f"warning: {path} is damaged ({problem}): the checkpoint before it is used.")
+        say(f"warning: {path} is damaged ({problem}): it is passed over.")
         return str(problem)
     return ""
 

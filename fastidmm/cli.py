@@ -265,6 +265,24 @@ def resume(
     answer(found, as_json, "\n".join(lines))
 
 
+@app.command()
+def verify(
+    named: RunArgument = None,
+    run: RunOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="To make again, of each stage.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay steps of a run: every bit as recorded, or where not.
+
+    Example: fastidmm verify demo
+    """
+    from fastidmm import verify as verifying
+
+    found = verifying.verify(_run(named or run), steps)
+    answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
+    verifying.settle(found)
+
+
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
     """Print every dataset, method, backbone and loader there is."""

@@ -27,7 +27,7 @@ class DataError(FastidmmError):
 
 
 class NumericalError(FastidmmError):
-    """Training kept producing numbers that are not finite."""
+    """Training kept producing numbers that are not finite, or a replay other ones."""
 
     status = 4
 

@@ -178,7 +178,7 @@ class Record:
                     break
                 event.synchronize()
             self._waiting.popleft()
-            written.append({key: _plain(value) for key, value in values.items()})
+            written.append({key: plain(value) for key, value in values.items()})
         if written:
             path = self.folder / METRICS
             with naming(path), path.open("a") as file:
@@ -200,7 +200,7 @@ class Record:
             checkpoint.sync(self.folder)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A number that JSON can hold; what is not finite becomes null."""
     number = value.item() if isinstance(value, Tensor) else value
     return None if isinstance(number, float) and not math.isfinite(number) else number

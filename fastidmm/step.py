@@ -22,6 +22,15 @@ class Stepped:
     skipped: Tensor  # whether loss or gradients were not finite, and nothing moved
     num_images: int
 
+    def numbers(self) -> dict[str, Tensor]:
+        """What a metric line says of this step alone."""
+        return {
+            "loss": self.loss,
+            **self.parts,
+            "grad_norm": self.norm,
+            "lr": self.lr,
+        }
+
 
 def step(parts: Parts, batch: Batch) -> Stepped:
     """Learn from a batch, which knows which step it is of."""

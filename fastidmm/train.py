@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
@@ -80,10 +81,7 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
             line = {
                 "epoch": -(-state.step // parts.loader.steps_per_epoch),
                 "step": state.step,
-                "loss": made.loss,
-                **made.parts,
-                "grad_norm": made.norm,
-                "lr": made.lr,
+                **made.numbers(),
                 "skipped": skipped_since,
                 **clock.rates(),
             }
@@ -151,12 +149,17 @@ def restore(parts: Parts) -> None:
     """Take up the newest checkpoint, where there is one, and cut the metrics to it."""
     path = checkpoint.newest(parts.record.checkpoints)
     if path is not None:
-        (model, optimizer), values = checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER)
-        parts.method.load_state_dict(model)
-        checkpoint.load_optimizer(parts.optimizer, optimizer)
-        parts.state = State(**values)
-        parts.counters.attempt = parts.state.attempt
+        take_up(parts, *checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER))
     parts.record.cut(parts.state.step)
+
+
+def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:
+    """Be where a checkpoint's tensors and state were."""
+    model, optimizer = tensors
+    parts.method.load_state_dict(model)
+    checkpoint.load_optimizer(parts.optimizer, optimizer)
+    parts.state = State(**values)
+    parts.counters.attempt = parts.state.attempt
 
 
 def looks(parts: Parts, every: Cadence, clock: Clock, *, done: bool) -> dict[str, float]:

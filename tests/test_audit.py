@@ -132,6 +132,7 @@ def test_no_command_asks_the_net(audited: Audited) -> None:
         "evaluate one",
         "report one",
         "resume one",
+        "verify one",
         f"run --dataset toy --run all {TINY} --set finetune.epochs=1 --set finetune.resolution=16",
         "bench views --size 16 --images 4 --repeats 1",
     )
