@@ -16,9 +16,8 @@ from test_cli import typed as typed
 from test_train import FORKS, fail_at
 from toy_runs import FIRST, HIGH, RUN, recipe
 
-from fastidmm import checkpoint, stages, verify
+from fastidmm import capture, checkpoint, stages, verify
 from fastidmm import step as stepping
-from fastidmm import train as training
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, NumericalError, UsageError
 from fastidmm.preparing.prepare import prepare
@@ -282,7 +281,7 @@ def test_a_run_being_trained_is_verified_by_what_it_keeps(
             found.extend(verify.verify(RUN, 20))
         return real(parts, batch)
 
-    monkeypatch.setattr(training, "step", looked_at)
+    monkeypatch.setattr(capture, "step", looked_at)
     stages.pretrain(recipe(epochs=2), "run")
     assert found and (found[0].first, found[0].last, found[0].losses) == (1, 4, 4)
     assert found[0].checkpoints == [3] and not found[0].difference
