@@ -168,6 +168,8 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
         options=recipe.loader,
     )
     store = loader.store.tables_to(device)  # pixels where the loader wants them
+    method.steps_per_epoch = loader.steps_per_epoch
+    method.num_steps = run.epochs * loader.steps_per_epoch
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
     judge = judging_rows(recipe, store) if split is None else None

@@ -88,6 +88,7 @@ class Batch:
 
     groups: tuple[Views, ...]
     step: Tensor | int  # where the step is drawn: see `plan.draw`
+    epoch: int  # from 0, known to the host
     num_images: int
 
     @property
@@ -148,10 +149,15 @@ class Method(nn.Module):
     # Whether no crop's loss depends on the batch's other crops; see `can_be_cut`.
     rows_independent: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    # What a recipe's [run] and [optim] have for this method where they say nothing else.
+    settings: ClassVar[dict[str, dict[str, Any]]] = {}
+    clip: ClassVar[float | None] = None  # most that the gradient of one tensor may measure
 
     backbone: nn.Module
     views: list[ViewGroup]
     cutmix_groups: int = 1
+    num_steps: int = 1  # of the run and of an epoch, told before the first: for schedules
+    steps_per_epoch: int = 1
 
     def __init__(self, backbone: nn.Module) -> None:
         """A subclass takes (backbone, options, *, resolution, num_rows, num_classes)."""
@@ -169,8 +175,15 @@ class Method(nn.Module):
         """
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer is given: all parameters, decayed alike, unless a method differs."""
+        """What the optimizer is given: all parameters, decayed alike, unless a method differs.
+
+        A group's `decay`, a `Schedule`, stands for a weight decay that changes from step to step.
+        """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def frozen(self, epoch: int) -> list[nn.Parameter]:
+        """Parameters that stay as they are in an epoch, from 0."""
+        return []
 
     def can_be_cut(self) -> bool:
         """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""

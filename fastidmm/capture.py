@@ -75,7 +75,7 @@ class Captured:
 
         What it gives is overwritten by the next step of its kind.
         """
-        kind = self._kind(number) if batch is None else (batch.num_images,)
+        kind = self._kind(number) if batch is None else self._kind_of(batch)
         kind = (*kind, self.parts.state.micro_batches)
         self._counter.fill_(number)
         if kind not in self._graphs and not self._capture(kind, number, batch):
@@ -93,7 +93,14 @@ class Captured:
         assert isinstance(loader, Planned)
         epoch, place = divmod(number, loader.steps_per_epoch)
         rows = min(loader.batch_size, len(loader.store) - place * loader.batch_size)
-        return rows, *(mix_of(group, epoch) for group in loader.method.views)
+        return rows, *(mix_of(group, epoch) for group in loader.method.views), *self._frozen(epoch)
+
+    def _frozen(self, epoch: int) -> Kind:
+        return tuple(map(id, self.parts.method.frozen(epoch)))
+
+    def _kind_of(self, batch: Batch) -> Kind:
+        """The same of a step whose batch is there already."""
+        return batch.num_images, *self._frozen(batch.epoch)
 
     def _make(self, number: int, batch: Batch | None) -> Stepped:
         """One operation at a time."""

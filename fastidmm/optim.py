@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastidmm.batch import Method, Options
 
@@ -46,8 +46,12 @@ def lr_schedule(options: OptimOptions, *, epochs: int, steps_per_epoch: int) -> 
 
 def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.optim.AdamW:
     """torch's fused AdamW over the method's parameter groups, the rate a tensor on the device."""
+    groups = method.param_groups()
+    for group in groups:
+        if "decay" in group:
+            group["weight_decay"] = 0.0  # a number for torch, which a capture would keep
     return torch.optim.AdamW(
-        method.param_groups(),
+        groups,
         lr=torch.zeros((), device=device),
         betas=options.betas,
         eps=options.eps,
@@ -57,8 +61,9 @@ def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.
     )
 
 
+@torch.no_grad()
 def update(
-    optimizer: torch.optim.Optimizer, method: nn.Module, loss: Tensor, lr: Tensor
+    optimizer: torch.optim.Optimizer, method: Method, loss: Tensor, lr: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of the optimizer, skipped on the device when loss or gradients are not finite.
 
@@ -67,8 +72,16 @@ def update(
     grads = [p.grad for p in method.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    if method.clip is not None:
+        norms = torch._foreach_norm(grads)
+        torch._foreach_mul_(grads, [(method.clip / (n + 1e-6)).clamp(max=1) for n in norms])
     for group in optimizer.param_groups:
         group["lr"].copy_(lr)
+        if "decay" in group:
+            moving = [p for p in group["params"] if p.grad is not None]
+            shrunk = torch.where(skipped, 1.0, 1 - lr * group["decay"](step)).float()
+            if moving:
+                torch._foreach_mul_(moving, shrunk)
     # The fused optimizer's own way of skipping, made for gradient scalers.
     optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -76,6 +76,7 @@ class Plan:
     rows: Tensor  # (B,) int64
     groups: tuple[GroupPlan, ...]
     step: Tensor | int
+    epoch: int  # from 0, known to the host
 
 
 def num_steps(num_rows: int, batch_size: int) -> int:
@@ -136,7 +137,7 @@ def draw(
             _draw_group(group, mix, rows, views, sizes, counters, (*when, index), cutmix_groups)
         )
         first_view += group.count
-    return Plan(rows, tuple(plans), when[1])
+    return Plan(rows, tuple(plans), when[1], epoch)
 
 
 def _draw_group(

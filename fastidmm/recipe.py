@@ -90,8 +90,11 @@ class Recipe(BaseModel):
         for name in tables:
             if name not in known:
                 raise UsageError(f"unknown table [{name}] in the recipe: {_near(name, known)}")
+        method = find("method", _checked("run", RunOptions, tables).method)
+        for name, table in method.settings.items():
+            tables = {**tables, name: {**table, **tables.get(name, {})}}
         run = _checked("run", RunOptions, tables)
-        entry, method = backbone(run.backbone), find("method", run.method)
+        entry = backbone(run.backbone)
         loader = Options if run.loader == "auto" else find("loader", run.loader).Options
         if run.loader == "auto" and tables.get("loader"):
             raise UsageError("[loader] holds settings of one loader: name it, too, by --loader.")

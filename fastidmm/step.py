@@ -68,8 +68,10 @@ def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:
     number = batch.step
     if not isinstance(number, Tensor):
         number = torch.full((), number, device=parts.store.device)
+    for param in parts.method.frozen(batch.epoch):
+        param.grad = None
     lr = parts.schedule(number)
-    norm, skipped = update(parts.optimizer, parts.method, loss.total, lr)
+    norm, skipped = update(parts.optimizer, parts.method, loss.total, lr, number)
     parts.method.after_step(loss.keep, number, skipped)
     return Stepped(loss.total, loss.parts, norm, lr, skipped, batch.num_images)
 

@@ -1,6 +1,7 @@
 """Schedules against the recipe's figures, updates against plain AdamW in float64."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_updates_are_adamws(dtype: torch.dtype, tolerance: float) -> None:
         loss = ours.loss(step)
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None])
-        norm, skipped = update(optimizer, ours, loss, torch.tensor(lr))
+        norm, skipped = update(optimizer, ours, loss, torch.tensor(lr), torch.tensor(step))
         assert float(norm) == pytest.approx(float(gradient.norm()), rel=1e-5) and not skipped
         assert all(p.grad is None for p in ours.parameters())
         plain.param_groups[0]["lr"] = lr
@@ -126,14 +127,55 @@ def test_what_is_not_finite_is_skipped(where: str, value: float, first: int) -> 
                 assert bad is not None
                 bad.data.view(-1)[-1] = value
                 before = parameters(method)
-                _, skipped = update(optimizer, method, loss, lr)
+                _, skipped = update(optimizer, method, loss, lr, torch.tensor(step))
                 assert bool(skipped) and torch.equal(parameters(method), before)
             loss = method.loss(step)
             loss.backward()
-            update(optimizer, method, loss, lr)
+            update(optimizer, method, loss, lr, torch.tensor(step))
     assert torch.equal(parameters(methods[0]), parameters(methods[1]))
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     for number, state in states[1].items():
         for key, expected in state.items():
             assert torch.equal(states[0][number][key], expected), key
         assert float(state["step"]) == 4
+
+
+class Careful(Line):
+    """Clips each tensor; the weights' decay grows with the step, the bias has none."""
+
+    clip = 0.01
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": [self.layer.weight], "decay": lambda step: 0.1 + 0.2 * step},
+            {"params": [self.layer.bias], "weight_decay": 0.0},
+        ]
+
+
+def test_tensors_are_clipped_and_decay_follows_its_schedule() -> None:
+    """Against torch's own functions; a skipped step decays nothing, a frozen tensor not at all."""
+    ours, truth = Careful(torch.float64), Careful(torch.float64)
+    optimizer = adamw(ours, OptimOptions(lr=1.0, weight_decay=9.0), torch.device("cpu"))
+    groups = [{"params": [p], "weight_decay": 0.0} for p in (truth.layer.weight, truth.layer.bias)]
+    plain = torch.optim.AdamW(groups, foreach=False)
+    for step, lr in enumerate((0.25, 0.125, 0.0625)):
+        for method in (ours, truth):
+            method.zero_grad()
+            method.loss(step).backward()
+        before = parameters(ours)
+        for param in truth.parameters():
+            torch.nn.utils.clip_grad_norm_(param, 0.01)
+        for group, decay in zip(plain.param_groups, (0.1 + 0.2 * step, 0.0), strict=True):
+            group |= {"lr": lr, "weight_decay": decay}
+        if step == 1:
+            truth.layer.weight.grad = ours.layer.weight.grad = None  # as a frozen one's is
+        plain.step()
+        loss = ours.loss(step)
+        update(optimizer, ours, loss, torch.tensor(lr), torch.tensor(step))
+        torch.testing.assert_close(parameters(ours), parameters(truth), rtol=0, atol=1e-7)
+        assert (parameters(ours) != before).sum() == (3 if step == 1 else 18)
+    before = parameters(ours)
+    loss = ours.loss(0) * math.nan
+    loss.backward()
+    update(optimizer, ours, loss, torch.tensor(0.5), torch.tensor(3))
+    assert torch.equal(parameters(ours), before)

@@ -154,7 +154,7 @@ class Planned:
                 )
             )
             first += rows.numel()
-        return Batch(tuple(groups), plan.step, plan.rows.numel())
+        return Batch(tuple(groups), plan.step, plan.epoch, plan.rows.numel())
 
 
 def among(plan: GroupPlan, num_images: int) -> GroupPlan:
