@@ -47,7 +47,7 @@ def gpu_tests() -> dict[str, Any]:
     """`pytest -m gpu`: its status and the end of what it printed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=180,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     return {"status": done.returncode, "tail": done.stdout.splitlines()[-15:]}
 

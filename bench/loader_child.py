@@ -6,7 +6,6 @@ Settings and orders are JSON, as are the answers, a line each; whatever librarie
 goes to stderr. `loader.py` starts it and says why the numbers are fair.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -23,14 +22,16 @@ from fastidmm.bench.figures import stall
 from fastidmm.bench.made import views_of_idmm
 from fastidmm.bench.processes import cpu_seconds, memory
 from fastidmm.bench.training import assembled
+from fastidmm.capture import WARM_UP, Captured, stepped
 from fastidmm.chance import Counters
 from fastidmm.errors import FastidmmError
 from fastidmm.loaders.files import Files
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.plan import num_steps
 from fastidmm.preparing.decode import num_cores
+from fastidmm.progress import Clock
 from fastidmm.registry import find
-from fastidmm.step import step
+from fastidmm.step import Stepped, step
 from fastidmm.store import folder_of, open_store
 
 STOCK = "stock-dali"
@@ -94,14 +95,15 @@ class Child:
         batches = parts.loader.batches(0)
         still = next(batches)
         batches.close()
-        oracle = self._stepping(itertools.repeat(still))
+        oracle = self._on_one(parts, still)
+        for _ in range(WARM_UP):
+            next(oracle)
         before = self._window(oracle, 1)
-        batches = parts.loader.batches(0)
-        stepping = self._stepping(batches)
+        stepping = stepped(parts, Clock())
         for _ in range(self._unsteady()):
             next(stepping)
         actual = self._window(stepping, num_cores())
-        batches.close()
+        stepping.close()
         after = self._window(oracle, 1)
         alone = (before.seconds + after.seconds) / (before.images + after.images)
         fed = actual.seconds / actual.images
@@ -139,16 +141,17 @@ class Child:
         self.parts = assembled(tables, self.store, Path(told["work"]))
         return self.parts
 
-    def _stepping(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Each batch once it has been learnt from."""
-        assert self.parts is not None
-        for batch in batches:
-            step(self.parts, batch)
-            yield batch
+    def _on_one(self, parts: Parts, batch: Batch) -> Iterator[Stepped]:
+        """Steps on a batch again and again, made as a run makes them."""
+        captured = Captured(parts) if self.device.type == "cuda" else None
+        while True:
+            yield captured.step(0, batch) if captured else step(parts, batch)
 
     def _unsteady(self) -> int:
         """Batches until every worker has given one, and a cache is full."""
         ahead = num_cores() + 1
+        if self.parts is not None and self.device.type == "cuda":
+            ahead = max(ahead, 3 * self.parts.loader.steps_per_epoch)  # all is captured by then
         if self.settings["options"].get("cache"):
             ahead = max(ahead, num_steps(len(self.store), self.settings["batch_size"]))
         return ahead
@@ -178,6 +181,8 @@ class Child:
 
 def _counts(batch: Any) -> tuple[int, int]:
     """Images and crops of a batch; the stock pipeline's is a list of views and the indices."""
+    if isinstance(batch, Stepped):
+        return batch.num_images, 0
     if isinstance(batch, Batch):
         return batch.num_images, batch.num_crops
     return len(batch[-1]), sum(map(len, batch[:-1]))

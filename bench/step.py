@@ -5,8 +5,9 @@
 Pictures are made up and in memory already (`loader resident`). The parts are measured inside whole
 steps, by events of the GPU or on the clock of a CPU: `views` with the plan, `forward` of the
 backbone, `loss` with the head, `backward`, `update`. `step` is measured without those marks, many
-in a row and waited for at the end; `one batch` is the same on one batch again and again, so that
-the difference is what views cost. The three take turns.
+in a row and waited for at the end, as training makes it: on a GPU captured, and `not captured` has
+a row of its own. `one batch` is the step on one batch again and again, so that the difference is
+what views cost. They take turns.
 
 MFU is 3 times the FLOP of a forward pass (torch's counter, one image on the CPU) over the time of a
 step and the GPU's dense bf16 peak by its data sheet. Counted backward passes would be too many:
@@ -33,9 +34,10 @@ from fastidmm.batch import Batch, Method
 from fastidmm.bench.figures import Rows, measured, result, stall
 from fastidmm.bench.made import noise, workplace
 from fastidmm.bench.training import assembled
+from fastidmm.capture import Captured
 from fastidmm.loaders.resident import Resident
 from fastidmm.machine import name_of
-from fastidmm.step import advance, backward, step
+from fastidmm.step import Stepped, advance, backward, step
 
 NUM = 2040  # rows, as the Flowers have: the head has an output for each
 PARTS = ("views", "forward", "loss", "backward", "update")
@@ -136,13 +138,27 @@ def times_of(parts: Parts, repeats: int, steps: int) -> Times:
     device = parts.store.device
     coming = batches(parts)
     still = next(coming)
-    found: Times = {name: [] for name in ("step", "one batch", *PARTS)}
-    for repeat in range(-1, repeats):  # one to warm up
-        whole = _mean(device, steps, lambda: step(parts, next(coming)))
-        alone = _mean(device, steps, lambda: step(parts, still))
-        marked = _parts(parts, coming, steps)
+
+    def plain() -> Stepped:
+        return step(parts, next(coming))
+
+    arms: dict[str, Callable[[], object]] = {"step": plain, "one batch": lambda: step(parts, still)}
+    warm_up = 1
+    if device.type == "cuda":
+        captured, numbers = Captured(parts), count()
+        arms = {
+            "step": lambda: captured.step(next(numbers)),
+            "one batch": lambda: captured.step(0, still),
+            "not captured": plain,
+        }
+        # Short batches are captured when they come a third time: an epoch is eight steps.
+        warm_up = -(-3 * parts.loader.steps_per_epoch // steps)
+    found: Times = {name: [] for name in (*arms, *PARTS)}
+    for repeat in range(-warm_up, repeats):
+        spent = {name: _mean(device, steps, work) for name, work in arms.items()}
+        spent |= _parts(parts, coming, steps)
         if repeat >= 0:
-            for name, seconds in {"step": whole, "one batch": alone, **marked}.items():
+            for name, seconds in spent.items():
                 found[name].append(seconds)
     return found
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -134,18 +135,18 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
 
     Closing it ends every thread and process behind it.
     """
-    state, loader = parts.state, parts.loader
+    loader = parts.loader
     on_gpu = parts.store.device.type == "cuda"
     captured = Captured(parts) if on_gpu and parts.recipe.run.capture else None
     under_way: deque[torch.cuda.Event] = deque()
-    with closing(loader.batches(state.step)) as batches:
-        while True:
+    with closing(loader.batches(parts.state.step)) as batches:
+        for number in count(parts.state.step):
             if captured is None:
                 yield step(parts, clock.wait_for(batches))
             elif isinstance(loader, Planned) and loader.on_device:
-                yield captured.step(state.step)
+                yield captured.step(number)
             else:
-                yield captured.step(state.step, clock.wait_for(batches))
+                yield captured.step(number, clock.wait_for(batches))
             if on_gpu:
                 under_way.append(torch.cuda.current_stream().record_event())
                 if len(under_way) > AHEAD:
