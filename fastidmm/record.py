@@ -95,8 +95,10 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are made and kept."""
-        return self.state.get("ended", False) or self.steps == self.total_steps
+        """Whether all steps are made and kept, and no evaluation of them was left."""
+        state = self.state
+        last = self.steps == self.total_steps and not state.get("line")
+        return state.get("ended", False) or last
 
     @property
     def state(self) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class Record:
                     break
                 event.synchronize()
             self._waiting.popleft()
-            written.append({key: _plain(value) for key, value in values.items()})
+            written.append(plain(values))
         if written:
             path = self.folder / METRICS
             with naming(path), path.open("a") as file:
@@ -200,10 +202,11 @@ class Record:
             checkpoint.sync(self.folder)
 
 
-def _plain(value: Any) -> Any:
-    """A number that JSON can hold; what is not finite becomes null."""
-    number = value.item() if isinstance(value, Tensor) else value
-    return None if isinstance(number, float) and not math.isfinite(number) else number
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON can hold; what is not finite becomes null."""
+    numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+    bad = [k for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**numbers, **dict.fromkeys(bad)}
 
 
 def environment(store: Store, device: torch.device) -> dict[str, Any]:
