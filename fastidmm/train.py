@@ -23,6 +23,7 @@ MEMORY_OF_STRIKES = 100  # steps
 
 def train(record: Record) -> None:
     """Train what the record's recipe says, from its newest checkpoint, to the end."""
+    record.check()
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
         return
@@ -169,19 +170,20 @@ def save(parts: Parts, clock: Clock) -> None:
         checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer),
     }
     values = {name: getattr(state, name) for name in State.__slots__}
-    checkpoint.save(parts.record.checkpoints, state.step, tensors, values)
+    checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
 
 
 def restore(parts: Parts) -> None:
     """Take up the newest checkpoint, where there is one, and cut the metrics to it."""
     path = checkpoint.newest(parts.record.checkpoints)
+    kept = checkpoint.beside(path) if path else {}
     if path is not None:
         (model, optimizer), values = checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER)
         parts.method.load_state_dict(model)
         checkpoint.load_optimizer(parts.optimizer, optimizer)
         parts.state = State(**values)
         parts.counters.attempt = parts.state.attempt
-    parts.record.cut(parts.state.step)
+    parts.record.cut(parts.state.step, kept)
 
 
 def looks(
