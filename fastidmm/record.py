@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from fastidmm.store import Store, check_name
 
 SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
+MINUTE = 60.0
 ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
 
 
@@ -58,6 +60,9 @@ class Record:
             )
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
+        for path in folder.parent.glob(".*.*"):
+            if _abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             with naming(folder):
@@ -287,6 +292,31 @@ def environment(store: Store, device: torch.device) -> dict[str, Any]:
         "train_fingerprint": store.fingerprint,
         "num_train": len(store),
     }
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a run was being made here by a process that was killed before the folder's name."""
+    number = path.name.rpartition(".")[2]
+    try:
+        # A process of another machine may be at it, which takes no minute; and nothing else goes.
+        return (
+            number.isdecimal()
+            and {file.name for file in path.iterdir()} <= {RECIPE, ENVIRONMENT}
+            and time.time() - path.stat().st_mtime > MINUTE
+            and not _alive(int(number))
+        )
+    except OSError:
+        return False
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another's
+        pass
+    return True
 
 
 def run_folder(name: str) -> Path:
