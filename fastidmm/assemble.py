@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class State:
     best: float = 0.0  # score on the held-out images, and the step it was reached at
     best_step: int = 0
     ended: bool = False  # before the last step, since the score rose no longer
+    # A metric line that waits for its evaluation, which a signal left: made good before a step.
+    line: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

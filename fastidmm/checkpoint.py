@@ -26,11 +26,20 @@ KEPT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: Any) -> Path:
-    """Write `folder/step_…` and drop all but the newest two; `tensors` by file name."""
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: Any,
+    beside: dict[str, Any] | None = None,
+) -> Path:
+    """Write `folder/step_…` and drop all but the newest two; `tensors` by file name.
+
+    `beside` tells the sums of the run's other files.
+    """
     final = at(folder, step)
     try:
-        _write(final, tensors, {"step": step, "state": state})
+        _write(final, tensors, {"step": step, "state": state, "beside": beside or {}})
         told = found(folder)
         kept = told.index(final)
         # What lies past this step is damaged: a run goes on from the newest that is whole.
@@ -116,6 +125,12 @@ def load(path: Path, *names: str) -> tuple[list[dict[str, Tensor]], Any]:
         raise DataError(
             f"the checkpoint {path} cannot be read ({problem}): name another, or train it again."
         ) from None
+
+
+def beside(path: Path) -> dict[str, Any]:
+    """The sums of the run's other files when a whole checkpoint was made; older ones have none."""
+    found: dict[str, Any] = _described(path).get("beside", {})
+    return found
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastidmm.batch import ViewGroup
+from fastidmm.interrupt import Stop
 from fastidmm.kernels.views import plain_views
 from fastidmm.plan import central_crops
 from fastidmm.store import Store
@@ -69,15 +70,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(before)
 
 
-def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dtype) -> Tensor:
+def outputs(
+    model: nn.Module,
+    store: Store,
+    *,
+    resolution: int,
+    dtype: torch.dtype,
+    stop: Stop | None = None,
+) -> Tensor:
     """What a model gives for the central crop of every image, in the store's order: (N, D) float32.
 
-    The shorter side is resized to 256/224 of the resolution first, as the paper evaluates.
+    The shorter side is resized to 256/224 of the resolution first, as the paper evaluates. Asked to
+    `stop`, it is `Left`.
     """
     device = store.device
     parts = []
     with evaluating(model):
-        for some, rows in _a_few_at_once(store):
+        for some, rows in _a_few_at_once(store, stop):
             crops = central_crops(
                 rows,
                 some.height[rows],
@@ -93,9 +102,18 @@ def outputs(model: nn.Module, store: Store, *, resolution: int, dtype: torch.dty
     return torch.cat(parts)
 
 
-def _a_few_at_once(store: Store) -> Iterator[tuple[Store, Tensor]]:
+def _a_few_at_once(store: Store, stop: Stop | None) -> Iterator[tuple[Store, Tensor]]:
     """The store's rows in parts, each with a store that the device can read them from."""
+    before: torch.cuda.Event | None = None
     for rows in torch.arange(len(store), device=store.device).split(CROPS_AT_ONCE):
+        if stop is not None:
+            # Were all parts given to a GPU at once, it would be too late to leave any.
+            if before is not None:
+                before.synchronize()
+            if store.device.type == "cuda":
+                before = torch.cuda.Event()
+                before.record()
+            stop.leave()
         if store.readable:
             yield store, rows
         else:
@@ -103,18 +121,26 @@ def _a_few_at_once(store: Store) -> Iterator[tuple[Store, Tensor]]:
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int, *, own: bool = False
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    *,
+    own: bool = False,
+    stop: Stop | None = None,
 ) -> Tensor:
     """Votes for each class by weighted kNN over cosine similarity: (M, classes) float32.
 
     k = 20, weights exp(similarity / 0.07): Wu et al., CVPR 2018. With `own`, test rows are the
-    train rows, and none is its own neighbour (leave-one-out).
+    train rows, and none is its own neighbour (leave-one-out). Asked to `stop`, it is `Left`.
     """
     bank = nn.functional.normalize(train, dim=1)
     classes = nn.functional.one_hot(train_labels, num_classes).float()
     k = min(NEIGHBOURS, len(train) - own)
     found = []
     for start, queries in zip(range(0, len(test), 1024), test.split(1024), strict=True):
+        if stop is not None:
+            stop.leave()
         similar = nn.functional.normalize(queries, dim=1) @ bank.T
         if own:
             place = torch.arange(len(queries), device=test.device)

@@ -16,10 +16,19 @@ STOPPED = (
 )
 
 
+class Left(Exception):
+    """What can be begun anew was left unfinished, since a signal asked to stop."""
+
+
 class Stop:
     """Whether a signal has asked the run to stop."""
 
     requested = False
+
+    def leave(self) -> None:
+        """Raise `Left` where one has."""
+        if self.requested:
+            raise Left
 
 
 def heed() -> None:

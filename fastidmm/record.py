@@ -6,12 +6,14 @@ A stage that starts from a run (fine-tuning) is a folder of the same shape insid
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +29,14 @@ from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
 from fastidmm.preparing.files import naming
+from fastidmm.progress import say
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
 SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
+MINUTE = 60.0
+ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
 
 
 class Record:
@@ -41,6 +46,8 @@ class Record:
         self.folder = folder
         self.recipe = Recipe.of(read_tables(str(folder / RECIPE)))
         self._waiting: deque[tuple[dict[str, Any], torch.cuda.Event | None]] = deque()
+        self._begun: dict[str, str] = {}  # sums of what never changes
+        self._told, self._num_bytes = hashlib.sha256(), 0  # of the metric lines written
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, store: Store) -> "Record":
@@ -53,6 +60,9 @@ class Record:
             )
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
+        for path in folder.parent.glob(".*.*"):
+            if _abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             with naming(folder):
@@ -71,6 +81,25 @@ class Record:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.folder / "checkpoints"
+
+    def check(self) -> None:
+        """Refuse a recipe or an environment other than what the newest checkpoint came of."""
+        self._begun = {name: _sum(self.folder / name) for name in (RECIPE, ENVIRONMENT)}
+        newest = checkpoint.newest(self.checkpoints)
+        kept = checkpoint.beside(newest) if newest else {}
+        for name, now in self._begun.items():
+            if kept.get(name, now) != now:
+                path = self.folder / name
+                raise DataError(
+                    f"{path} is not what the run began with, and neither its recipe nor its "
+                    f"environment may change: put it back, or start a new run with --recipe FILE."
+                )
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """Of the files beside the checkpoints, as they were read or written here."""
+        lines = {"bytes": self._num_bytes, "sha256": self._told.hexdigest()}
+        return {**self._begun, METRICS: lines}
 
     def environment(self) -> dict[str, Any]:
         """What the run was started with."""
@@ -95,8 +124,10 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are made and kept."""
-        return self.state.get("ended", False) or self.steps == self.total_steps
+        """Whether all steps are made and kept, and no evaluation of them was left."""
+        state = self.state
+        last = self.steps == self.total_steps and not state.get("line")
+        return state.get("ended", False) or last
 
     @property
     def state(self) -> dict[str, Any]:
@@ -147,11 +178,13 @@ class Record:
             yield
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines written so far, but for what a kill or a power cut left in pieces."""
+        """All metric lines written so far, but for what a kill, a power cut or damage broke."""
+        *lines, _ = self._read().split(b"\n")
+        return [found for line in lines if (found := _parsed(line))]
+
+    def _read(self) -> bytes:
         path = self.folder / METRICS
-        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        # A power cut may leave zeros past the newest checkpoint, where nothing was synced.
-        return [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
+        return path.read_bytes() if path.exists() else b""
 
     def log(self, values: dict[str, Any]) -> None:
         """Add a metric line, for `flush` to write when the device has come so far."""
@@ -178,32 +211,72 @@ class Record:
                     break
                 event.synchronize()
             self._waiting.popleft()
-            written.append({key: plain(value) for key, value in values.items()})
+            written.append(plain(values))
         if written:
             path = self.folder / METRICS
+            text = _text(written)
             with naming(path), path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in written)
+                file.write(text)
+            self._count(text)
         if wait:
             with naming(self.folder / METRICS):
                 checkpoint.sync(self.folder / METRICS)
         return written
 
-    def cut(self, step: int) -> None:
-        """Drop the metric lines past `step`, written or waiting: the run goes on from there."""
+    def _count(self, text: str) -> None:
+        self._told.update(text.encode())
+        self._num_bytes += len(text.encode())
+
+    def cut(self, step: int, kept: dict[str, Any]) -> None:
+        """Drop the metric lines past `step`, written or waiting: the run goes on from there.
+
+        `kept` are the sums in the checkpoint. Lines are for people: that some are not as they were
+        is said, and costs no run.
+        """
+        lines = kept.get(METRICS)
+        if lines and _hash(self._read()[: lines["bytes"]]) != lines["sha256"]:
+            say(
+                f"warning: {self.folder / METRICS} was changed or damaged: lines that cannot be "
+                "read are dropped. Weights are not affected."
+            )
         self._waiting.clear()
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+        text = _text([line for line in self.metrics() if line["step"] <= step])
+        self._told, self._num_bytes = hashlib.sha256(), 0
+        self._count(text)
         aside = self.folder / f".{METRICS}"
         with naming(aside):
-            aside.write_text("".join(lines))
+            aside.write_text(text)
             checkpoint.sync(aside)
             aside.replace(self.folder / METRICS)
             checkpoint.sync(self.folder)
 
 
-def plain(value: Any) -> Any:
-    """A number that JSON can hold; what is not finite becomes null."""
-    number = value.item() if isinstance(value, Tensor) else value
-    return None if isinstance(number, float) and not math.isfinite(number) else number
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sum(path: Path) -> str:
+    return _hash(path.read_bytes()) if path.exists() else ""
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A metric line, or None where it is none: a power cut may leave zeros, too."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() >= ALWAYS else None
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON can hold; what is not finite becomes null."""
+    numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+    bad = [k for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**numbers, **dict.fromkeys(bad)}
 
 
 def environment(store: Store, device: torch.device) -> dict[str, Any]:
@@ -219,6 +292,31 @@ def environment(store: Store, device: torch.device) -> dict[str, Any]:
         "train_fingerprint": store.fingerprint,
         "num_train": len(store),
     }
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a run was being made here by a process that was killed before the folder's name."""
+    number = path.name.rpartition(".")[2]
+    try:
+        # A process of another machine may be at it, which takes no minute; and nothing else goes.
+        return (
+            number.isdecimal()
+            and {file.name for file in path.iterdir()} <= {RECIPE, ENVIRONMENT}
+            and time.time() - path.stat().st_mtime > MINUTE
+            and not _alive(int(number))
+        )
+    except OSError:
+        return False
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another's
+        pass
+    return True
 
 
 def run_folder(name: str) -> Path:

@@ -26,6 +26,7 @@ SHOWN_CLASSES = 5
 def evaluate(run: Path) -> dict[str, Any]:
     """Score a run and its stages on the test split, beside random weights; kept in the folder."""
     record = Record(run)
+    record.check()
     recipe = record.recipe
     store, test = scored_splits(recipe)
     device = set_up(recipe.run.device, exact=recipe.run.exact)
@@ -36,6 +37,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     }
     for folder in stages(run):
         stage = Record(folder)
+        stage.check()
         if not stage.finished:
             say(f"{folder} is not finished and not scored: `fastidmm resume {run}` goes on.")
             continue

@@ -61,6 +61,7 @@ def finetune(
     At a higher resolution than the run's first stage has, it goes on from the newest stage.
     """
     parent = Record(run)
+    parent.check()
     asked = with_settings({}, settings, assignments).get("run", {})
     wanted = asked.get("backbone")
     if (run.parent / RECIPE).exists():
@@ -106,11 +107,15 @@ def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record 
         return None
     found = [Record(folder) for folder in stages(parent.folder)]
     below = [s for s in found if s.pretrained == pretrained and s.resolution < resolution]
-    if below and not below[-1].finished:
+    if not below:
+        return None
+    newest = below[-1]
+    newest.check()
+    if not newest.finished:
         raise UsageError(
-            f"{below[-1].folder} is not finished: `fastidmm resume {parent.folder}` goes on."
+            f"{newest.folder} is not finished: `fastidmm resume {parent.folder}` goes on."
         )
-    return below[-1] if below else None
+    return newest
 
 
 def finetune_tables(parent: Record, *, pretrained: bool) -> Tables:
@@ -162,7 +167,8 @@ def summary(record: Record) -> dict[str, Any]:
         **{key: last[key] for key in SHOWN if key in last},
     }
     for split in ("test", "holdout"):
-        if top := best(record, split):
+        # The last line may be one that damage took.
+        if f"{split}_num" in last and (top := best(record, split)):
             num = last[f"{split}_num"]
             found[f"{split}_top1"] = Score(round(last[f"{split}_top1"] * num), num).as_dict()
             found[f"best_{split}_top1"] = top

@@ -12,9 +12,9 @@ from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
-from fastidmm.interrupt import Stop, stoppable
+from fastidmm.interrupt import Left, Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
-from fastidmm.record import Record
+from fastidmm.record import Record, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
 
@@ -23,6 +23,7 @@ MEMORY_OF_STRIKES = 100  # steps
 
 def train(record: Record) -> None:
     """Train what the record's recipe says, from its newest checkpoint, to the end."""
+    record.check()
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
         return
@@ -71,6 +72,8 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
     )
     method.train()
     total = record.total_steps
+    if state.line and not made_good(parts, every, clock, stop, progress):
+        return True
     while state.step < total and not state.ended:
         made = next(coming)
         clock.images += made.num_images
@@ -78,28 +81,51 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
         state.step += 1
         done = state.step == total
         if done or any(every.due(state.step, n) for n in (every.log, every.knn, every.score)):
-            line = {
-                "epoch": -(-state.step // parts.loader.steps_per_epoch),
-                "step": state.step,
-                **made.numbers(),
-                "skipped": skipped_since,
-                **clock.rates(),
-            }
+            line = metrics(parts, made, skipped_since) | clock.rates()
             skipped_since = torch.zeros_like(skipped_since)
-            line |= looks(parts, every, clock, done=done)
-            record.log(line)
+            try:
+                record.log(line | looks(parts, every, clock, stop, done=done))
+            except Left:
+                state.line = plain(line)
             done = done or state.ended
         # A new best and what it is the best of must not part.
         best = state.best_step == state.step
-        keep = done or best or stop.requested or every.due(state.step, every.checkpoint)
-        if strikes(parts, record.flush(wait=keep), progress):
+        asked = stop.requested  # once: a signal from here on is heard after the next step
+        keep = done or best or asked or every.due(state.step, every.checkpoint)
+        left = [state.line] if state.line else []
+        if strikes(parts, record.flush(wait=keep) + left, progress):
             return False
         if keep:
             state.skipped = float(skipped_since)
             save(parts, clock)
-        if stop.requested:
+        if asked:
             progress.close()
             break
+    return True
+
+
+def metrics(parts: Parts, made: Stepped, skipped: Tensor) -> dict[str, Any]:
+    """What a metric line says of a step just made."""
+    return {
+        "epoch": -(-parts.state.step // parts.loader.steps_per_epoch),
+        "step": parts.state.step,
+        **made.numbers(),
+        "skipped": skipped,
+    }
+
+
+def made_good(parts: Parts, every: Cadence, clock: Clock, stop: Stop, progress: Progress) -> bool:
+    """Tell the line whose evaluation was left; false: it is left again."""
+    state, record = parts.state, parts.record
+    try:
+        found = looks(parts, every, clock, stop, done=state.step == record.total_steps)
+    except Left:
+        return False
+    record.log(state.line | found)
+    state.line = {}
+    for line in record.flush(wait=True):  # its strikes were counted
+        progress.show(line)
+    save(parts, clock)
     return True
 
 
@@ -142,15 +168,16 @@ def save(parts: Parts, clock: Clock) -> None:
         checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer),
     }
     values = {name: getattr(state, name) for name in State.__slots__}
-    checkpoint.save(parts.record.checkpoints, state.step, tensors, values)
+    checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
 
 
 def restore(parts: Parts) -> None:
     """Take up the newest checkpoint, where there is one, and cut the metrics to it."""
     path = checkpoint.newest(parts.record.checkpoints)
+    kept = checkpoint.beside(path) if path else {}
     if path is not None:
         take_up(parts, *checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER))
-    parts.record.cut(parts.state.step)
+    parts.record.cut(parts.state.step, kept)
 
 
 def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:
@@ -162,14 +189,16 @@ def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, An
     parts.counters.attempt = parts.state.attempt
 
 
-def looks(parts: Parts, every: Cadence, clock: Clock, *, done: bool) -> dict[str, float]:
+def looks(
+    parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool
+) -> dict[str, float]:
     """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
     found, step = {}, parts.state.step
     if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
-        found["knn_top1"] = online_knn(parts)
+        found["knn_top1"] = online_knn(parts, stop)
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
-        judged = classified(parts, parts.judge)
+        judged = classified(parts, parts.judge, stop)
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
         if split == "holdout":
             keep_best(parts, judged.value)
@@ -178,7 +207,7 @@ def looks(parts: Parts, every: Cadence, clock: Clock, *, done: bool) -> dict[str
     return found
 
 
-def online_knn(parts: Parts) -> float:
+def online_knn(parts: Parts, stop: Stop) -> float:
     """Leave-one-out kNN top-1 on the training labels; the test split is never looked at."""
     store, run = parts.store, parts.recipe.run
     features = outputs(
@@ -186,17 +215,18 @@ def online_knn(parts: Parts) -> float:
         store,
         resolution=run.resolution,
         dtype=parts.dtype,
+        stop=stop,
     )
-    found = knn(features, store.label, features, store.num_classes, own=True)
+    found = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
     return score(found, store.label).value
 
 
-def classified(parts: Parts, store: Store) -> Score:
+def classified(parts: Parts, store: Store, stop: Stop) -> Score:
     """Top-1 of the method's classifier as it stands."""
     classifier = parts.method.classifier()
     assert classifier is not None, "only methods that learn classes are given images to judge by"
     resolution = parts.recipe.run.resolution
-    found = outputs(classifier, store, resolution=resolution, dtype=parts.dtype)
+    found = outputs(classifier, store, resolution=resolution, dtype=parts.dtype, stop=stop)
     return score(found, store.label)
 
 

@@ -191,11 +191,11 @@ def compare(parts: Parts, kept: Evidence) -> str:
 
 
 def _lines_differ(line: dict[str, Any], now: dict[str, Any]) -> str:
-    for key, value in now.items():
+    for key, value in plain(now).items():
         if key not in line:
             return f"{key} not recorded"
-        if line[key] != plain(value):
-            return f"{key} {line[key]!r} recorded, {plain(value)!r} now"
+        if line[key] != value:
+            return f"{key} {line[key]!r} recorded, {value!r} now"
     return ""
 
 

@@ -121,6 +121,25 @@ def test_learning_opens_no_test_file(audited: Audited, loader: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "loss --rounds 1",
+        "prepare --from photos --cores 1 --repeats 1",
+        "step --backbone vit_micro --batch-size 4 --resolution 16 --device cpu --quick",
+        "loader --dataset toy --backbone vit_micro --batch-size 4 --device cpu --quick",
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_no_benchmark_asks_the_net(audited: Audited, words: str) -> None:
+    """Nor do the processes that it measures loaders and preparing in."""
+    audited.type(f"bench {words} --json told.json")
+    assert audited.seen("net") == []
+    tables = json.loads((audited.folder / "told.json").read_text())["tables"]
+    assert any(row["status"] == "ok" for rows in tables.values() for row in rows.values())
+
+
+@pytest.mark.slow
 def test_no_command_asks_the_net(audited: Audited) -> None:
     audited.type(
         "list",

@@ -98,7 +98,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> None:
     monkeypatch.setattr(
         training,
         "classified",
-        lambda parts, store: Score(correct[parts.state.step // 3 - 1], len(store)),
+        lambda parts, store, _: Score(correct[parts.state.step // 3 - 1], len(store)),
     )
 
 

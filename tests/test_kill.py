@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,10 @@ import kill
 import pytest
 
 from fastidmm import checkpoint, stages
+from fastidmm.assemble import training_rows
 from fastidmm.errors import UsageError
 from fastidmm.recipe import Recipe
-from fastidmm.record import METRICS, Record
+from fastidmm.record import METRICS, RECIPE, Record
 
 # From Python 3.12 on, forking a process that has threads warns; torch's idle ones are no danger.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -61,6 +63,24 @@ def test_killed_while_it_removes_a_checkpoint_none_looks_whole(
     left = checkpoint.found(folder)
     assert [checkpoint.step_of(path) for path in left] == [3]
     assert checkpoint.load(left[0], checkpoint.MODEL, checkpoint.OPTIMIZER)[1]["step"] == 3
+
+
+def test_what_a_killed_beginning_left_goes_with_the_next(run: Path) -> None:
+    """A minute later, its process gone; what is at work or anybody else's stays."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f".one.{ended.pid}", f".two.{ended.pid}", f".three.{os.getpid()}", f".4.{ended.pid}"]
+    left, early, alive, foreign = (Path("runs") / name for name in names)
+    for path in (left, early, alive, foreign):
+        path.mkdir()
+        (path / RECIPE).write_text("")
+    (foreign / "notes").touch()
+    for path in (left, alive, foreign):
+        os.utime(path, (0, 0))
+    recipe = Record(run).recipe
+    Record.create(Path("runs/next"), recipe, training_rows(recipe))
+    assert not left.exists()
+    assert early.exists() and alive.exists() and foreign.exists()
 
 
 def test_zeros_behind_the_last_line_are_skipped(run: Path) -> None:

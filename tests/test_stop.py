@@ -6,11 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stop
+from toy_runs import RUN, recipe
 
+from fastidmm import evaluate, stages
+from fastidmm.batch import Batch, Loss
+from fastidmm.errors import Interrupted, UsageError
 from fastidmm.interrupt import SIGNALS, stoppable, unheard
+from fastidmm.methods.idmm import IDMM
+from fastidmm.record import Record
 
 # From Python 3.12 on, forking a process that has threads warns; torch's idle ones are no danger.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -31,6 +38,7 @@ def test_signals_at_every_point_keep_every_step() -> None:
     assert found.stops >= 13
     assert found.status == found.sentence == found.stops
     assert (found.lost, found.unreadable, found.differing) == (0, 0, 0)
+    assert found.left >= 3  # at the two points within evaluations, and in the last step
     assert found.at_once == found.twice == 3
 
 
@@ -50,6 +58,82 @@ def test_a_command_that_imports_is_stopped_by_a_sentence(tmp_path: Path) -> None
     found = stop.Figures()
     stop.importing(tmp_path, "pydantic", signal.SIGTERM, found)
     assert (found.stops, found.status, found.sentence, found.unreadable) == (1, 1, 1, 0)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """All metric lines, their timings left out."""
+    timings = ("images_per_second", "data_wait")
+    told = Record(folder).metrics()
+    return [{key: line[key] for key in line if key not in timings} for line in told]
+
+
+def ask_in_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Have a signal come before a part of four images that an evaluation looks at, from 0."""
+    real, calls = vars(evaluate)["plain_views"], iter(range(1000))
+
+    def asked(*given: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(evaluate, "CROPS_AT_ONCE", 4)
+    monkeypatch.setattr(evaluate, "plain_views", asked)
+
+
+def test_an_evaluation_left_is_made_good_before_the_next_step(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After steps 6 and 9; the first is left twice. Until the last is done, the run is not."""
+    settings = recipe(epochs=3, knn_every=2)
+    stages.pretrain(settings, "whole")
+    for part, step in ((3, 6), (0, 6), (6, 9)):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step}"):
+            ask_in_part(patch, part)
+            stages.resume(RUN) if RUN.exists() else stages.pretrain(settings, "run")
+        record = Record(RUN)
+        assert (record.steps, record.state["line"]["step"]) == (step, step)
+        assert lines(RUN) == lines(Path("runs/whole"))[: step - 1]
+    with pytest.raises(UsageError, match="not finished"):
+        stages.finetune(RUN, {}, [])
+    stages.resume(RUN)
+    assert Record(RUN).finished and Record(RUN).state["line"] == {}
+    assert lines(RUN) == lines(Path("runs/whole"))
+
+
+def test_a_best_score_is_found_though_its_evaluation_was_left(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left in the scoring of the images held out, behind kNN over the fifteen others."""
+    stages.pretrain(recipe(epochs=1), "run")
+    settings = {"run.holdout": 0.25, "run.score_every": 1, "run.epochs": 2, "run.knn_every": 1}
+    stages.finetune(RUN, settings, [])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 2"):
+        ask_in_part(patch, 4)
+        stages.finetune(RUN, settings, [])
+    whole, left = RUN / "finetune-16", RUN / "finetune-16-2"
+    assert Record(left).state["best_step"] == 0
+    stages.resume(RUN)
+    assert lines(left) == lines(whole) and "holdout_top1" in lines(left)[1]
+    assert Record(left).state["best_step"] == Record(whole).state["best_step"] > 0
+
+
+def test_a_skipped_step_whose_evaluation_is_left_counts_once(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = IDMM.forward
+
+    def failing(self: IDMM, batch: Batch) -> Loss:
+        loss = forward(self, batch)
+        return Loss(loss.total * (float("nan") if batch.step == 5 else 1.0), loss.parts)
+
+    monkeypatch.setattr(IDMM, "forward", failing)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 6"):
+        ask_in_part(patch, 2)
+        stages.pretrain(recipe(epochs=3, knn_every=2), "run")
+    stages.resume(RUN)
+    assert Record(RUN).state["strikes"] == 1
+    assert [line["skipped"] for line in lines(RUN)] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert lines(RUN)[5]["loss"] is None and "knn_top1" in lines(RUN)[5]
 
 
 def test_a_second_signal_has_the_systems_effect() -> None:

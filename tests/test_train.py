@@ -14,9 +14,11 @@ from fastidmm import checkpoint, optim, scoring, stages
 from fastidmm import step as stepping
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
+from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, Interrupted, NumericalError, UsageError
 from fastidmm.interrupt import stoppable
 from fastidmm.methods.idmm import IDMM
+from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
 from fastidmm.record import METRICS, Record
 
@@ -234,10 +236,12 @@ def test_without_any_whole_checkpoint_a_run_ends(toy: str, monkeypatch: pytest.M
         stages.resume(run)
 
 
-def test_a_dataset_prepared_anew_is_noticed(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_prepared_anew_is_noticed(
+    toy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run = stopped_run(monkeypatch)
-    path = run / "environment.json"
-    path.write_text(path.read_text().replace('_fingerprint": "', '_fingerprint": "0'))
+    next((tmp_path / "photos" / "train").rglob("*.png")).unlink()
+    prepare(Folder().open(from_=tmp_path / "photos", seed=0), toy, workers=0, quiet=True)
     with pytest.raises(DataError, match="prepared anew"):
         stages.resume(run)
 

@@ -13,9 +13,10 @@ import numpy as np
 from trials import Figure, main, outcome, prepare_toy, same, stopped, whole
 
 from fastidmm import checkpoint, stages
-from fastidmm.errors import DataError
+from fastidmm.errors import DataError, FastidmmError
 from fastidmm.places import folder_of, read_json
 from fastidmm.preparing.pack import fingerprint_of
+from fastidmm.record import ENVIRONMENT, METRICS, RECIPE, Record
 from fastidmm.store import open_store
 
 KINDS = ("flip", "cut")
@@ -58,6 +59,47 @@ def checkpoints(trials: int) -> list[Figure]:
     differ = [] if same(outcome(run), truth) else ["the bits differ"]
     promised = "a run that goes on from the checkpoint before comes to the same bits"
     return [*found, Figure(promised, 1, differ)]
+
+
+def refused(trials: int) -> Figure:
+    """Damage to what a run began with: one sentence, and nothing is trained by it."""
+    begun, chance, broken = stopped("fixed", 5), np.random.default_rng(2), []
+    run, steps = Path("runs/changed"), Record(begun).steps
+    for _ in range(trials):
+        shutil.copytree(begun, run)
+        what = damage([run / RECIPE, run / ENVIRONMENT], "flip", chance)
+        said = ""
+        try:
+            stages.resume(run)
+        except FastidmmError as problem:
+            said = str(problem)
+        newest = checkpoint.newest(run / "checkpoints")
+        if not said or "\n" in said or not newest or checkpoint.step_of(newest) != steps:
+            broken.append(f"{what}: {said!r} said")
+        shutil.rmtree(run)
+    return Figure("a flip in a run's recipe or environment is refused", trials, broken)
+
+
+def told(trials: int) -> Figure:
+    """Damage to the metric lines a checkpoint counts on: said, and the weights are the same."""
+    begun, chance, broken = stopped("told", 5), np.random.default_rng(3), []
+    run, truth = Path("runs/changed"), whole("untold")
+    newest = checkpoint.newest(begun / "checkpoints")
+    assert newest is not None
+    lines = (begun / METRICS).read_bytes()[: checkpoint.beside(newest)[METRICS]["bytes"]]
+    (begun / METRICS).write_bytes(lines)
+    for number in range(trials):
+        shutil.copytree(begun, run)
+        what = damage([run / METRICS], KINDS[number % 2], chance)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            stages.resume(run)
+        learnt = same((truth[0], outcome(run)[1]), truth)
+        if f"{run / METRICS} was changed or damaged" not in said.getvalue() or not learnt:
+            broken.append(f"{what}: {said.getvalue()!r} said")
+        shutil.rmtree(run)
+    promised = "a flip or cut in a run's metric lines is said, and it learns the same weights"
+    return Figure(promised, trials, broken)
 
 
 def read(folder: Path) -> bytes:
@@ -116,7 +158,8 @@ def stores(trials: int) -> list[Figure]:
 
 def figures(trials: int) -> list[Figure]:
     """All of them."""
-    return [*checkpoints(trials), *stores(trials)]
+    records = [refused(trials), told(min(trials, 20))]
+    return [*checkpoints(trials), *records, *stores(trials)]
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
-from fastidmm import checkpoint
+from fastidmm import checkpoint, evaluate
 from fastidmm.__main__ import main
 from fastidmm.errors import DataError
 from fastidmm.interrupt import SIGNALS
@@ -222,7 +223,9 @@ def bench() -> Iterator[Bench]:
         find(kind, name)
     find("loader", "torch")
     before = os.environ.get("FASTIDMM_HOME")
-    with tempfile.TemporaryDirectory() as work:
+    # An evaluation of 32 images has parts then, between which it can be left.
+    parts = mock.patch.object(evaluate, "CROPS_AT_ONCE", 8)
+    with tempfile.TemporaryDirectory() as work, parts:
         try:
             yield Bench(Path(work))
         finally:

@@ -29,7 +29,7 @@ from forks import (
     unreadable,
 )
 
-from fastidmm import checkpoint, stages
+from fastidmm import checkpoint, evaluate, stages
 from fastidmm import step as stepping
 from fastidmm import train as training
 from fastidmm.interrupt import SIGNALS
@@ -37,7 +37,8 @@ from fastidmm.record import Record
 
 SIGNALLED = "signalled"  # a file that says when
 IMPORTED = ("pydantic", "torch._tensor", "torch", "fastidmm.train")
-# What is called where a signal is wanted, and which call of it: 16 steps, 5 checkpoints.
+# What is called where a signal is wanted, and which call of it: 16 steps, 5 checkpoints, and two
+# evaluations of four parts.
 POINTS: dict[str, tuple[Any, str, int]] = {
     "before there is a run": (stages, "build_method", 0),
     "assembly": (training, "assemble", 0),
@@ -46,9 +47,9 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "the first step": (stepping, "update", 0),
     "a step": (stepping, "update", 6),
     "the last step": (stepping, "update", 15),
-    "evaluation": (training, "online_knn", 0),
-    "the last evaluation": (training, "online_knn", 1),
-    "writing metrics": (Record, "flush", 3),
+    "evaluation": (evaluate, "plain_views", 1),
+    "the last evaluation": (evaluate, "plain_views", 5),
+    "writing metrics": (Record, "flush", 5),  # no checkpoint is due
     "writing a checkpoint": (checkpoint, "_sha256", 4),
     "the last checkpoint": (checkpoint, "_sha256", 9),
     "after the last": (stages, "summary", 0),
@@ -66,6 +67,7 @@ class Figures:
     slowest: float = 0.0  # seconds from the signal to the end
     unreadable: int = 0
     differing: int = 0
+    left: int = 0  # evaluations that were due, and left
     twice: int = 0  # asked twice, in a step without end
     at_once: int = 0  # and ended within a second by the signal itself
 
@@ -95,6 +97,12 @@ def ask(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def ask_and_hold(number: int) -> None:
+    """Send it, and let the part of an evaluation that comes next take long."""
+    ask(number)
+    hook(evaluate, "plain_views", 0, lambda: time.sleep(20))
+
+
 def trials(num: int, seed: int = 0) -> Figures:
     """Every point once, and random times of every case in turn, until there are so many."""
     found, chance = Figures(), random.Random(seed)
@@ -112,7 +120,7 @@ def at_point(work: Bench, point: str, number: signal.Signals, found: Figures) ->
     """One stop where a certain function is called."""
     case = CASES["pretrain idmm"]
     place = work.place("trial", case)
-    child = start(case.command, place, lambda: hook(*POINTS[point], lambda: ask(number)))
+    child = start(case.command, place, lambda: hook(*POINTS[point], lambda: ask_and_hold(number)))
     status, began = child.status(), float((place / SIGNALLED).read_text())
     found.ended(status, (place / "said").read_text(), time.monotonic() - began)
     child.gone(0)
@@ -144,7 +152,9 @@ def gone_on_with(work: Bench, name: str, place: Path, found: Figures) -> None:
     case = CASES[name]
     folder = place / case.folder
     if folder.exists():
-        found.lost += steps_told(folder) - Record(folder).steps
+        left = Record(folder).state.get("line", {})
+        found.left += bool(left)
+        found.lost += max(steps_told(folder), left.get("step", 0)) - Record(folder).steps
     found.unreadable += unreadable(folder)
     finish(case, place)
     found.differing += work.truth(name)[0].differing(Outcome.of(folder))
@@ -248,6 +258,7 @@ def main() -> None:
     told("promised a sentence with `fastidmm resume` by all", found.sentence)
     told("promised 0 steps made and not kept", found.lost)
     told("promised at most 5 s and a step", f"{found.slowest:.2f} s")
+    told("evaluations left unfinished, to be made good before the next step", found.left)
     told("promised 0 half-written checkpoints", found.unreadable)
     told("promised 0 metric lines and weights that differ by a bit", found.differing)
     told(f"promised an end at once when asked twice, of {found.twice}", found.at_once)
