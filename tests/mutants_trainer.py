@@ -57,7 +57,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "drop-path by the place in the micro-batch": ((BATCH, SUM), [("set_place(torch.cat([groups[i].place for i in chosen]))", "set_place(torch.arange(sum(groups[i].place.numel() for i in chosen)))")]),
     "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p))", "keep = (~happens(words[:1], self.p).expand(len(x)))")]),
     "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)", "keep = (~happens(words, self.p)).to(x.dtype)")]),
-    "drop-path in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.p == 0", "if self.p == 0")]),
+    "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.p == 0", "if self.p == 0")]),
     "drop-path the same every step": ((STEP, "step::test_every_step_draws_by_its_own_number"), [("    parts.counters.step = batch.step\n", "")]),
     # The update.
     "warm-up by the step": ((OPTIM, COSINE), [("torch.where(epoch < warmup", "torch.where(step < warmup")]),
@@ -85,7 +85,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "attempt not restored": ((TRAIN, "train::test_a_run_that_went_back_resumes_to_the_same_bits"), [("        parts.counters.attempt = parts.state.attempt\n", "")]),
     "metrics not cut": ((TRAIN, KILLED), [("    parts.record.cut(parts.state.step)\n", "")]),
     "last metric line cut, too": ((RECORD, KILLED), [('line["step"] <= step', 'line["step"] < step')]),
-    "checkpoint's sums not looked at": ((CHECKPOINT, "train::test_a_damaged_checkpoint_is_passed_over"), [("if _sha256(path / name) != described", "if None in described")]),
+    "checkpoint's sums not looked at": ((CHECKPOINT, "train::test_a_damaged_checkpoint_is_passed_over"), [("if _sha256(path / name) != described", "if not described")]),
     "back to the same pictures": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("parts.state.attempt = parts.counters.attempt = seen.attempt + 1", "parts.state.attempt = seen.attempt + 1")]),
     "never back": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("if state.strikes >= 2:", "if state.strikes >= 200:")]),
     "skipped steps forgotten": ((TRAIN, "train::test_a_skip_before_a_signal_is_not_forgotten"), [("            state.skipped = float(skipped_since)\n", "")]),
