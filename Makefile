@@ -32,7 +32,7 @@ faults: setup  ## what is promised of kills, signals and faults, and what is fou
 		grep -q __main__ $$file || continue; echo "$$file"; $(BIN)/python $$file || exit 1; \
 	done
 
-mutants: setup  ## plant mistakes in kernels and trainer: do the tests notice? (an hour or more)
+mutants: setup  ## plant mistakes in kernels and trainer: do the tests notice? (half an hour or more)
 	$(BIN)/python tests/mutants.py
 
 fix: setup  ## format, and mend what can be mended by itself
