@@ -32,6 +32,9 @@ faults: setup  ## what is promised of kills, signals and faults, and what is fou
 		grep -q __main__ $$file || continue; echo "$$file"; $(BIN)/python $$file || exit 1; \
 	done
 
+mutants: setup  ## plant mistakes in kernels and trainer: do the tests notice? (half an hour or more)
+	$(BIN)/python tests/mutants.py
+
 fix: setup  ## format, and mend what can be mended by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -47,4 +50,4 @@ wheel: setup  ## build the wheel by way of the sdist, install it alone and use i
 clean:  ## remove what the other targets made, but for runs/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-gpu faults fix check wheel clean
+.PHONY: help setup demo test test-gpu faults mutants fix check wheel clean

@@ -1,6 +1,8 @@
 """Evaluation against slow and certain ways to the same numbers."""
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 from synthetic import photograph, small_store, store_of
 from torch import Tensor, nn
+from toy_runs import recipe
 
+from fastidmm.assemble import assemble, training_rows
 from fastidmm.augment import render_plain
 from fastidmm.evaluate import (
     PLAIN,
@@ -23,6 +27,8 @@ from fastidmm.evaluate import (
     score,
 )
 from fastidmm.plan import central_crops
+from fastidmm.record import Record
+from fastidmm.train import online_knn
 
 
 def clusters(num: int, dims: int, classes: int, seed: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -71,6 +77,20 @@ def test_leaving_one_out_crosses_chunks() -> None:
     labels = torch.arange(1200)
     found = knn(train, labels, train, 1200, own=True).argmax(dim=1)
     assert found.tolist() == [*range(600, 1200), *range(600)]
+
+
+def test_the_knn_of_a_metric_line_leaves_each_image_out(toy: str) -> None:
+    """Of ten pictures of a colour, five are of each class: nine others outvote every one."""
+    asked = recipe(loader="resident")
+    parts = assemble(Record.create(Path("runs/run"), asked, training_rows(asked)))
+    parts.store = replace(parts.store, label=torch.arange(20) % 2)
+    labels, encoder = parts.store.label, parts.method.backbone_for_export()
+    features = outputs(encoder, parts.store, resolution=16, dtype=torch.float32)
+    left_out, with_own = (
+        sum(found == label for found, label in zip(votes, labels.tolist(), strict=True)) / 20
+        for votes in (naive_knn(features, labels, features, 2, own=own) for own in (True, False))
+    )
+    assert online_knn(parts) == left_out < with_own
 
 
 # --- linear probe -------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def test_the_higher_stage_takes_every_tensor_and_the_head(
 def test_stages_go_on_within_their_arm(run: Path) -> None:
     """Both arms at 16 px, then each at 32; a second at 16 px begins anew."""
     one = {"run.epochs": 1, "run.batch_size": 8}
-    for pretrained in (True, False):
-        for resolution in (16, 32):
+    for resolution in (16, 32):
+        for pretrained in (True, False):
             stages.finetune(run, {**one, "run.resolution": resolution}, [], pretrained=pretrained)
     for resolution in (16, 32):
         stages.finetune(run, {**one, "run.resolution": resolution}, [])

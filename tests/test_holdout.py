@@ -12,9 +12,11 @@ from fastidmm import checkpoint, optim, scoring, stages
 from fastidmm import step as stepping
 from fastidmm import train as training
 from fastidmm.assemble import Cadence, assemble, split_rows
+from fastidmm.backbones.build import build_encoder
+from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import Score
-from fastidmm.record import Record
+from fastidmm.evaluate import Score, knn, outputs
+from fastidmm.record import Record, encoder_weights
 from fastidmm.store import folder_of, open_store
 
 
@@ -127,6 +129,54 @@ def test_patience_ends_a_stage_and_the_best_counts(
     assert scored["step"] == 6 and scored["chosen"] == "best on held-out images"
     high = stages.finetune(RUN, {**HIGH, "run.epochs": 1, "run.score_every": 1}, [])
     assert Record(Path(high["run"])).recipe.run.init == "../finetune-16/best/step_000000006"
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_the_best_weights_are_those_that_are_scored(
+    toy: str, answer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their place lie some that always give one answer; the last epoch's would not."""
+    stages.pretrain(recipe(epochs=1), "run")
+    scripted(monkeypatch, [3, 1])
+    judged = {**FIRST, "run.epochs": 2, "run.holdout": 0.2, "run.score_every": 1}
+    stages.finetune(RUN, {**judged, "run.batch_size": 6}, [])
+    stage = Record(RUN / "finetune-16")
+    best = weights(stage.result)
+    best["head.weight"].zero_()
+    best["head.bias"].copy_(torch.tensor([0.0, 1.0]) == answer)
+    checkpoint.save(stage.best, 3, {checkpoint.MODEL: best}, {})
+    scored = scoring.evaluate(RUN)["scores"]["pretrained"]["finetuned_16"]
+    assert scored["per_class"] == [[4 * (answer == 0), 4], [4 * (answer == 1), 4]]
+
+
+def test_frozen_features_are_judged_by_training_labels_alone(run: Path) -> None:
+    """Taught each class for the other, kNN and probe are as wrong as they were right."""
+    asked = Record(run).recipe
+    store, test = scoring.scored_splits(asked)
+    other = replace(store, label=1 - store.label)
+    truth, amiss = (scoring.frozen_scores(asked, None, each, test) for each in (store, other))
+    for name in ("knn", "linear_probe"):
+        right, wrong = truth[name]["correct"], amiss[name]["correct"]
+        assert right >= 7 and wrong == 8 - right, name
+
+
+def test_random_weights_are_the_seeds_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pretraining is compared with: features of the encoder as it was built."""
+    known: list[torch.Tensor] = []
+
+    def watched(*given: Any) -> torch.Tensor:
+        known.append(given[0])
+        return knn(*given)
+
+    monkeypatch.setattr(scoring, "knn", watched)
+    scoring.evaluate(run)
+    asked, store = Record(run).recipe, scoring.scored_splits(Record(run).recipe)[0]
+    encoder = build_encoder("vit_micro", asked.backbone, resolution=16, counters=Counters(0))
+    random = outputs(encoder, store, resolution=16, dtype=torch.float32)
+    encoder.load_state_dict(encoder_weights(Record(run).result))
+    trained = outputs(encoder, store, resolution=16, dtype=torch.float32)
+    assert torch.equal(known[0], trained) and torch.equal(known[1], random)
+    assert not torch.equal(trained, random)
 
 
 def test_patience_survives_a_kill(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ def test_paper_and_official_differ_where_the_published_code_differs() -> None:
     assert paper.method.model_dump()["smoothing"] == 0.1
     assert official.method.model_dump()["smoothing"] == 0.0
     assert official.method.model_dump()["std"] == (0.228, 0.224, 0.225)
+    assert paper.method.model_dump()["std"] == (0.229, 0.224, 0.225)
     assert (paper.optim.schedule, official.optim.schedule) == ("cosine", "idmm_legacy")
     assert (paper.run.precision, official.run.precision) == ("auto", "fp32")
     assert (paper.optim.lr, paper.optim.warmup_epochs) == (5e-4, 2)

@@ -159,6 +159,19 @@ def test_a_second_goes_back_and_meets_other_pictures(
     assert checkpoint.load(newest)[1]["attempt"] == 1
 
 
+def test_a_run_that_went_back_resumes_to_the_same_bits(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back from step 6 to 3, killed in step 8: the second attempt goes on, not the first."""
+    fail_at(monkeypatch, lambda attempt, step: attempt == 0 and step in (4, 5))
+    stages.pretrain(recipe(), "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 6 + 4)
+        stages.pretrain(recipe(), "killed")
+    stages.resume(Path("runs/killed"))
+    assert_same("killed", "whole")
+
+
 def test_a_third_stops_with_what_to_try(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at(monkeypatch, lambda attempt, step: step in (4, 5))
     with pytest.raises(NumericalError, match=r"step 5.*optim\.lr") as stopped:

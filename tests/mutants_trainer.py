@@ -1,0 +1,124 @@
+"""Mistakes to plant in the trainer: those that training code is known for; see mutants.py."""
+
+# ruff: noqa: E501  (a mistake a line)
+
+PLAN, BATCH, LOSS = "fastidmm/plan.py", "fastidmm/batch.py", "kernels/instance_loss.py"
+LOADER, DROP = "fastidmm/loaders/planned.py", "fastidmm/backbones/drop.py"
+BUILD, ASSEMBLE = "fastidmm/backbones/build.py", "fastidmm/assemble.py"
+IDMM, SUPERVISED = "fastidmm/methods/idmm.py", "fastidmm/methods/supervised.py"
+OPTIM, STEP, TRAIN = "fastidmm/optim.py", "fastidmm/step.py", "fastidmm/train.py"
+CHECKPOINT, RECORD = "fastidmm/checkpoint.py", "fastidmm/record.py"
+EVALUATE, SCORING, STAGES = "fastidmm/evaluate.py", "fastidmm/scoring.py", "fastidmm/stages.py"
+
+FOLLOW = "loaders::test_batches_follow_the_plan[resident-cpu-3]"
+COSINE, ADAMW = "optim::test_cosine_after_a_linear_rise", "optim::test_updates_are_adamws"
+SKIPPED = "optim::test_what_is_not_finite_is_skipped"
+GRADIENT = "step::test_gradients_are_the_batchs_however_often_memory_runs_out"
+SUM = "methods::test_micro_batches_sum_to_the_batch"
+IDMM_IS = "methods::test_idmm_is_the_mean_over_large_plus_the_mean_over_small"
+SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_labels"
+KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
+SIGNAL = "train::test_resuming_mid_epoch_after_a_signal"
+PATIENCE = "holdout::test_patience_ends_a_stage_and_the_best_counts"
+ARMS = "finetune::test_stages_go_on_within_their_arm"
+HIGHER = "finetune::test_the_higher_stage_takes_every_tensor_and_the_head"
+HELD = "holdout::test_held_out_rows_are_stratified_and_never_learnt"
+UNREAD = "holdout::test_with_images_held_out_the_test_split_is_not_read"
+
+MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
+    # What is drawn, and what a batch is made of.
+    "every epoch in the same order": ((PLAN, "plan::test_every_row_comes_once_an_epoch"), [("philox((epoch, torch.arange(num_rows", "philox((0, torch.arange(num_rows")]),
+    "last short batch dropped": ((PLAN, "plan::test_every_row_comes_once_an_epoch"), [("math.ceil(num_rows / batch_size)", "max(1, num_rows // batch_size)")]),
+    "crops by no seed": ((PLAN, "plan::test_every_draw_of_a_crop_changes_with_its_counters"), [("philox(counter, counters.key(Use.CROP))", "philox(counter, Counters(0, counters.attempt).key(Use.CROP))")]),
+    "crops the same every epoch": ((PLAN, "plan::test_every_draw_of_a_crop_changes_with_its_counters"), [("counter = (epoch, rows[:, None], views[:, None], blocks)\n    words = philox(counter, counters.key(Use.CROP))", "counter = (0, rows[:, None], views[:, None], blocks)\n    words = philox(counter, counters.key(Use.CROP))")]),
+    "all views of an image alike": ((PLAN, "plan::test_no_two_crops_are_drawn_alike"), [("counter = (epoch, rows[:, None], views[:, None], blocks)\n    words = philox(counter, counters.key(Use.CROP))", "counter = (epoch, rows[:, None], 0, blocks)\n    words = philox(counter, counters.key(Use.CROP))")]),
+    "flip by jitter's word": ((PLAN, "plan::test_chances_are_as_asked_and_independent"), [("happens(words[:, 22], group.flip)", "happens(words[:, 23], group.flip)")]),
+    "views and images swapped": ((PLAN, FOLLOW), [("rows.repeat(views.numel()), views.repeat_interleave(rows.numel())", "rows.repeat_interleave(views.numel()), views.repeat(rows.numel())")]),
+    "weight not recomputed after the box is clipped": ((PLAN, "mixing::test_weights_are_the_share_of_pixels_kept"), [("weight = 1 - _over(area, group.size**2)", "weight = folded(words, group)")]),
+    "weight not folded": ((PLAN, "mixing"), [("return torch.maximum(drawn, 1 - drawn)", "return drawn")]),
+    "Mixup and CutMix by the wrong turns": ((PLAN, "mixing::test_mixup_and_cutmix_take_turns_by_epoch"), [('"cutmix" if epoch % 2 else "mixup"', '"mixup" if epoch % 2 else "cutmix"')]),
+    "evaluation from a corner": ((PLAN, "plan::test_central_crops_lie_where_torchvision_cuts"), [("((resized - size).double() / 2).round()", "(resized - size).double() * 0")]),
+    "labels shifted by one": ((LOADER, FOLLOW), [("labels=self.label[rows],\n", "labels=self.label[rows - 1],\n")]),
+    "partners' labels are the crops' own": ((LOADER, FOLLOW), [("partner_labels=self.label[partners]", "partner_labels=self.label[rows]")]),
+    "partners are the crops themselves": ((LOADER, FOLLOW), [("partners = rows[group_plan.partner]", "partners = rows")]),
+    "places begin anew in every group": ((LOADER, FOLLOW), [("first += rows.numel()", "first += 0")]),
+    "standard deviation of the published slip": ((BATCH, "recipe::test_paper_and_official_differ_where_the_published_code_differs"), [("IMAGENET_STD = (0.229,", "IMAGENET_STD = (0.228,")]),
+    # The loss.
+    "CutMix's target without the partner": ((IDMM, IDMM_IS), [("views.partners,", "views.rows,")]),
+    "weight and its rest swapped in IDMM": ((IDMM, IDMM_IS), [("                views.weights,\n", "                1 - views.weights,\n")]),
+    "mean over all groups": ((IDMM, IDMM_IS), [("torch.stack(losses).sum()", "torch.stack(losses).mean()")]),
+    "IDMM's micro-batches divided by their own size": ((IDMM, SUM), [("1 / views.total", "1 / views.rows.numel()")]),
+    "mixed labels' target without the partner": ((SUPERVISED, SUPERVISED_IS), [("views.partner_labels,", "views.labels,")]),
+    "weight and its rest swapped in fine-tuning": ((SUPERVISED, SUPERVISED_IS), [("            views.weights,\n", "            1 - views.weights,\n")]),
+    "fine-tuning without smoothing": ((SUPERVISED, SUPERVISED_IS), [("smoothing=self.smoothing", "smoothing=0.0")]),
+    "fine-tuning's micro-batches divided by their own size": ((SUPERVISED, SUM), [("1 / views.total", "1 / views.rows.numel()")]),
+    "smoothing over N - 1": ((LOSS, "instance_loss " + IDMM_IS), [("smoothing * logits.mean(dim=1)", "smoothing * logits.sum(dim=1) / max(logits.shape[1] - 1, 1)")]),
+    "loss in bf16": ((LOSS, "instance_loss"), [("torch.autocast(z.device.type, enabled=False)", "torch.autocast(z.device.type, torch.bfloat16)")]),
+    "drop-path by the place in the micro-batch": ((BATCH, SUM), [("set_place(torch.cat([groups[i].place for i in chosen]))", "set_place(torch.arange(sum(groups[i].place.numel() for i in chosen)))")]),
+    "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p))", "keep = (~happens(words[:1], self.p).expand(len(x)))")]),
+    "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)", "keep = (~happens(words, self.p)).to(x.dtype)")]),
+    "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.p == 0", "if self.p == 0")]),
+    "drop-path the same every step": ((STEP, "step::test_every_step_draws_by_its_own_number"), [("    parts.counters.step = batch.step\n", "")]),
+    # The update.
+    "warm-up by the step": ((OPTIM, COSINE), [("torch.where(epoch < warmup", "torch.where(step < warmup")]),
+    "cosine an epoch too short": ((OPTIM, COSINE), [("rest = max(epochs - warmup, 1e-9)", "rest = max(epochs - 1 - warmup, 1e-9)")]),
+    "rate stays at its peak": ((OPTIM, COSINE), [("rising, falling)", "rising, 1.0)")]),
+    "schedule a step ahead": ((STEP, "train::test_metric_lines_hold_what_they_promise"), [("parts.schedule(torch.full((), batch.step,", "parts.schedule(torch.full((), batch.step + 1,")]),
+    "no decay": ((OPTIM, ADAMW), [("weight_decay=options.weight_decay", "weight_decay=0.0")]),
+    "decay twice": ((OPTIM, ADAMW), [("weight_decay=options.weight_decay", "weight_decay=2 * options.weight_decay")]),
+    "betas swapped": ((OPTIM, ADAMW), [("betas=options.betas", "betas=options.betas[::-1]")]),
+    "eps left as torch has it": ((OPTIM, ADAMW), [("        eps=options.eps,\n", "")]),
+    "gradients kept for the next step": ((OPTIM, ADAMW), [("    optimizer.zero_grad(set_to_none=True)\n", "")]),
+    "steps made that are not finite": ((OPTIM, SKIPPED), [("None, skipped.float()", "None, torch.zeros_like(norm)")]),
+    "infinite losses let through": ((OPTIM, SKIPPED), [("~(torch.isfinite(norm) & torch.isfinite(loss))", "~torch.isfinite(norm)")]),
+    "gradient of the last micro-batch": ((STEP, GRADIENT), [("                losses[-1].total.backward()", "                parts.optimizer.zero_grad()\n                losses[-1].total.backward()")]),
+    "loss of the last micro-batch": ((STEP, GRADIENT), [("total = torch.stack([loss.total.detach() for loss in losses]).sum()", "total = losses[-1].total.detach()")]),
+    "gradients before memory ran out are kept": ((STEP, GRADIENT), [("            parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
+    "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep, batch.step)\n", "")]),
+    "bf16 asked for and not used": ((STEP, "step::test_layers_compute_in_the_precision_asked_for"), [("enabled=parts.dtype != torch.float32", "enabled=False")]),
+    # Going on.
+    "a step left out after a resume": ((TRAIN, KILLED), [("parts.loader.batches(parts.state.step)", "parts.loader.batches(parts.state.step + bool(parts.state.step))")]),
+    "a resume begins the epoch anew": ((TRAIN, SIGNAL), [("parts.loader.batches(parts.state.step)", "parts.loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),
+    "moments not restored": ((TRAIN, KILLED), [("        checkpoint.load_optimizer(parts.optimizer, optimizer)\n", "")]),
+    "moments swapped": ((CHECKPOINT, KILLED), [("[key] = tensor", '[{"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}.get(key, key)] = tensor')]),
+    "bias correction begins anew": ((CHECKPOINT, KILLED), [("[key] = tensor", '[key] = tensor * 0 if key == "step" else tensor')]),
+    "attempt not restored": ((TRAIN, "train::test_a_run_that_went_back_resumes_to_the_same_bits"), [("        parts.counters.attempt = parts.state.attempt\n", "")]),
+    "metrics not cut": ((TRAIN, KILLED), [("    parts.record.cut(parts.state.step)\n", "")]),
+    "last metric line cut, too": ((RECORD, KILLED), [('line["step"] <= step', 'line["step"] < step')]),
+    "checkpoint's sums not looked at": ((CHECKPOINT, "train::test_a_damaged_checkpoint_is_passed_over"), [("if _sha256(path / name) != described", "if not described")]),
+    "back to the same pictures": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("parts.state.attempt = parts.counters.attempt = seen.attempt + 1", "parts.state.attempt = seen.attempt + 1")]),
+    "never back": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("if state.strikes >= 2:", "if state.strikes >= 200:")]),
+    "skipped steps forgotten": ((TRAIN, "train::test_a_skip_before_a_signal_is_not_forgotten"), [("            state.skipped = float(skipped_since)\n", "")]),
+    "another dataset gone on with": ((ASSEMBLE, "train::test_a_dataset_prepared_anew_is_noticed"), [('if store.fingerprint != record.environment()["train_fingerprint"]', "if not store.fingerprint")]),
+    # Measuring.
+    "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("store.num_classes, own=True)", "store.num_classes)")]),
+    "own neighbours beyond the first part": ((EVALUATE, "evaluate::test_leaving_one_out_crosses_chunks"), [("similar[place, start + place]", "similar[place, place]")]),
+    "pretraining measured on test images": (
+        (TRAIN, UNREAD), [("from fastidmm.store import Store", "from fastidmm.store import Store, folder_of, open_store"),
+        ("store, run = parts.store, parts.recipe.run\n", 'run = parts.recipe.run\n    store = open_store(folder_of(run.dataset), "test")\n')],
+    ),
+    "judged by images that are learnt": ((ASSEMBLE, UNREAD), [("split_rows(recipe, whole)[1]", "split_rows(recipe, whole)[0]")]),
+    "held-out images learnt, too": ((ASSEMBLE, HELD), [("        learnt[held] = False\n", "")]),
+    "test images learnt": ((ASSEMBLE, HELD), [('store = open_store(folder_of(recipe.run.dataset), "train")', 'store = open_store(folder_of(recipe.run.dataset), "test")')]),
+    "scored in training mode": ((EVALUATE, "evaluate::test_outputs_come_in_the_stores_order"), [("    module.eval()\n", "")]),
+    "in evaluation's mode ever after": ((EVALUATE, "evaluate::test_evaluating_restores_the_mode_it_found"), [("        module.train(before)\n", "        pass\n")]),
+    "scored on crops of another share": ((EVALUATE, "evaluate::test_outputs_come_in_the_stores_order"), [("round(resolution * 256 / 224)", "resolution")]),
+    "probe scaled by what it is asked": ((EVALUATE, "evaluate::test_the_linear_probe_finds_the_minimum"), [("return ((test - mean) / deviation)", "return ((test - test.mean(dim=0)) / test.std(dim=0))")]),
+    "top-5 called top-1": ((EVALUATE, "evaluate::test_measures_against_counting_by_hand"), [("**score(found, labels).as_dict()", "**score(found, labels, top=min(5, num_classes)).as_dict()")]),
+    "test images among their neighbours": ((SCORING, "holdout::test_frozen_features_are_judged_by_training_labels_alone"), [("knn(known, store.label, asked, store.num_classes)", "knn(asked, test.label, asked, store.num_classes)")]),
+    "random weights that are not": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [('"random": frozen_scores(recipe, None, store, test)', '"random": frozen_scores(recipe, newest_weights(run), store, test)')]),
+    "last weights scored for the best": ((SCORING, "holdout::test_the_best_weights_are_those_that_are_scored"), [("checkpoint.load(stage.result, checkpoint.MODEL)", "checkpoint.load(checkpoint.found(stage.checkpoints)[-1], checkpoint.MODEL)")]),
+    "the worst kept for the best": ((TRAIN, PATIENCE), [("value > state.best or", "value < state.best or")]),
+    "the last of equals kept": ((TRAIN, PATIENCE), [("value > state.best or", "value >= state.best or")]),
+    "patience in steps": ((TRAIN, PATIENCE), [("(state.step - state.best_step) / parts.loader.steps_per_epoch", "state.step - state.best_step")]),
+    "the newest for the best": ((RECORD, PATIENCE), [("return checkpoint.at(self.best, step) if step else newest", "return newest")]),
+    # Stages.
+    "no pretraining begins from it": ((STAGES, ARMS), [("    if pretrained:\n        settings[", "    if parent:\n        settings[")]),
+    "arms mixed": ((STAGES, ARMS), [("if s.pretrained == pretrained and s.resolution", "if s.resolution")]),
+    "head new in the higher stage": ((STAGES, HIGHER), [('"init_head": True', '"init_head": False')]),
+    "positions resized bilinearly": ((BUILD, HIGHER), [('mode="bicubic"', 'mode="bilinear"')]),
+    "positions transposed": ((BUILD, HIGHER), [("grid.flatten(2).transpose(1, 2)", "grid.transpose(2, 3).flatten(2).transpose(1, 2)")]),
+    "first weights by no seed": ((BUILD, "backbones::test_first_weights_are_a_function_of_the_seed"), [("manual_seed(counters.seed)", "manual_seed(0)")]),
+    "first rate at the higher resolution": ((STAGES, "finetune::test_stages_have_the_published_settings"), [('settings.pop("lr", backbone(old.run.backbone).lr_high)', 'settings.pop("lr", old.optim.lr)')]),
+    "fine-tuned without what was learnt": ((STAGES, HIGHER), [("        settings[\"init\"] = os.path.join(\"..\", os.path.relpath(parent.result, parent.folder))\n", "        pass\n")]),
+}  # fmt: skip
