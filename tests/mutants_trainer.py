@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501  (a mistake a line)
 
+CAPTURE = "fastidmm/capture.py"
 PLAN, BATCH, LOSS = "fastidmm/plan.py", "fastidmm/batch.py", "kernels/instance_loss.py"
 LOADER, DROP = "fastidmm/loaders/planned.py", "fastidmm/backbones/drop.py"
 BUILD, ASSEMBLE = "fastidmm/backbones/build.py", "fastidmm/assemble.py"
@@ -17,6 +18,7 @@ GRADIENT = "step::test_gradients_are_the_batchs_however_often_memory_runs_out"
 SUM = "methods::test_micro_batches_sum_to_the_batch"
 IDMM_IS = "methods::test_idmm_is_the_mean_over_large_plus_the_mean_over_small"
 SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_labels"
+REPLAYED = "capture::test_replays_are_the_steps_themselves[supervised]"
 KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
 SIGNAL = "train::test_resuming_mid_epoch_after_a_signal"
 PATIENCE = "holdout::test_patience_ends_a_stage_and_the_best_counts"
@@ -63,7 +65,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "warm-up by the step": ((OPTIM, COSINE), [("torch.where(epoch < warmup", "torch.where(step < warmup")]),
     "cosine an epoch too short": ((OPTIM, COSINE), [("rest = max(epochs - warmup, 1e-9)", "rest = max(epochs - 1 - warmup, 1e-9)")]),
     "rate stays at its peak": ((OPTIM, COSINE), [("rising, falling)", "rising, 1.0)")]),
-    "schedule a step ahead": ((STEP, "train::test_metric_lines_hold_what_they_promise"), [("parts.schedule(torch.full((), batch.step,", "parts.schedule(torch.full((), batch.step + 1,")]),
+    "schedule a step ahead": ((STEP, "train::test_metric_lines_hold_what_they_promise"), [("parts.schedule(number)", "parts.schedule(number + 1)")]),
     "no decay": ((OPTIM, ADAMW), [("weight_decay=options.weight_decay", "weight_decay=0.0")]),
     "decay twice": ((OPTIM, ADAMW), [("weight_decay=options.weight_decay", "weight_decay=2 * options.weight_decay")]),
     "betas swapped": ((OPTIM, ADAMW), [("betas=options.betas", "betas=options.betas[::-1]")]),
@@ -74,16 +76,16 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "gradient of the last micro-batch": ((STEP, GRADIENT), [("                losses[-1].total.backward()", "                parts.optimizer.zero_grad()\n                losses[-1].total.backward()")]),
     "loss of the last micro-batch": ((STEP, GRADIENT), [("total = torch.stack([loss.total.detach() for loss in losses]).sum()", "total = losses[-1].total.detach()")]),
     "gradients before memory ran out are kept": ((STEP, GRADIENT), [("            parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
-    "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep, batch.step)\n", "")]),
+    "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep, number, skipped)\n", "")]),
     "bf16 asked for and not used": ((STEP, "step::test_layers_compute_in_the_precision_asked_for"), [("enabled=parts.dtype != torch.float32", "enabled=False")]),
     # Going on.
-    "a step left out after a resume": ((TRAIN, KILLED), [("parts.loader.batches(parts.state.step)", "parts.loader.batches(parts.state.step + bool(parts.state.step))")]),
-    "a resume begins the epoch anew": ((TRAIN, SIGNAL), [("parts.loader.batches(parts.state.step)", "parts.loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),
-    "moments not restored": ((TRAIN, KILLED), [("        checkpoint.load_optimizer(parts.optimizer, optimizer)\n", "")]),
+    "a step left out after a resume": ((CAPTURE, KILLED), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step + bool(parts.state.step))")]),
+    "a resume begins the epoch anew": ((CAPTURE, SIGNAL), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),
+    "moments not restored": ((TRAIN, KILLED), [("    checkpoint.load_optimizer(parts.optimizer, optimizer)\n", "")]),
     "moments swapped": ((CHECKPOINT, KILLED), [("[key] = tensor", '[{"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}.get(key, key)] = tensor')]),
     "bias correction begins anew": ((CHECKPOINT, KILLED), [("[key] = tensor", '[key] = tensor * 0 if key == "step" else tensor')]),
-    "attempt not restored": ((TRAIN, "train::test_a_run_that_went_back_resumes_to_the_same_bits"), [("        parts.counters.attempt = parts.state.attempt\n", "")]),
-    "metrics not cut": ((TRAIN, KILLED), [("    parts.record.cut(parts.state.step)\n", "")]),
+    "attempt not restored": ((TRAIN, "train::test_a_run_that_went_back_resumes_to_the_same_bits"), [("    parts.counters.attempt = parts.state.attempt\n", "")]),
+    "metrics not cut": ((TRAIN, KILLED), [("    parts.record.cut(parts.state.step, kept)\n", "")]),
     "last metric line cut, too": ((RECORD, KILLED), [('line["step"] <= step', 'line["step"] < step')]),
     "checkpoint's sums not looked at": ((CHECKPOINT, "train::test_a_damaged_checkpoint_is_passed_over"), [("if _sha256(path / name) != described", "if not described")]),
     "back to the same pictures": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("parts.state.attempt = parts.counters.attempt = seen.attempt + 1", "parts.state.attempt = seen.attempt + 1")]),
@@ -91,7 +93,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "skipped steps forgotten": ((TRAIN, "train::test_a_skip_before_a_signal_is_not_forgotten"), [("            state.skipped = float(skipped_since)\n", "")]),
     "another dataset gone on with": ((ASSEMBLE, "train::test_a_dataset_prepared_anew_is_noticed"), [('if store.fingerprint != record.environment()["train_fingerprint"]', "if not store.fingerprint")]),
     # Measuring.
-    "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("store.num_classes, own=True)", "store.num_classes)")]),
+    "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("store.num_classes, own=True, ", "store.num_classes, ")]),
     "own neighbours beyond the first part": ((EVALUATE, "evaluate::test_leaving_one_out_crosses_chunks"), [("similar[place, start + place]", "similar[place, place]")]),
     "pretraining measured on test images": (
         (TRAIN, UNREAD), [("from fastidmm.store import Store", "from fastidmm.store import Store, folder_of, open_store"),
@@ -112,6 +114,17 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "the last of equals kept": ((TRAIN, PATIENCE), [("value > state.best or", "value >= state.best or")]),
     "patience in steps": ((TRAIN, PATIENCE), [("(state.step - state.best_step) / parts.loader.steps_per_epoch", "state.step - state.best_step")]),
     "the newest for the best": ((RECORD, PATIENCE), [("return checkpoint.at(self.best, step) if step else newest", "return newest")]),
+    # Captured steps.
+    "captured epoch for ever": ((PLAN, REPLAYED), [("when = (counter // num_steps(num, batch_size), counter)", "when = (epoch, counter)")]),
+    "captured rows for ever": ((PLAN, REPLAYED), [("places + (counter % num_steps(num, batch_size)) * batch_size", "places + place * batch_size")]),
+    "counter stands still": ((CAPTURE, REPLAYED), [("        self._counter.fill_(number)\n", "")]),
+    "Mixup and CutMix in one graph": ((CAPTURE, REPLAYED), [("*(mix_of(group, epoch) for group in loader.method.views), ", "")]),
+    "the first batch for ever": ((CAPTURE, "capture::test_batches_that_a_loader_brings"), [("                fixed.copy_(fresh)\n", "                pass\n")]),
+    # Signals, clips and decay.
+    "stopped before it is kept": ((TRAIN, "stop::test_a_signal_after_the_last_look_is_heard_after_the_next_step"), [("        if asked:\n            progress", "        if stop.requested:\n            progress")]),
+    "clipped only upwards": ((OPTIM, "optim::test_tensors_are_clipped_and_decay_follows_its_schedule"), [("(n + 1e-6)).clamp(max=1)", "(n + 1e-6)).clamp(min=1)")]),
+    "decay of skipped steps": ((OPTIM, "optim::test_tensors_are_clipped_and_decay_follows_its_schedule"), [("torch.where(skipped, 1.0, 1 - lr", "torch.where(skipped & False, 1.0, 1 - lr")]),
+    "frozen moved": ((STEP, "step::test_what_is_frozen_stays"), [("        param.grad = None\n", "        pass\n")]),
     # Stages.
     "no pretraining begins from it": ((STAGES, ARMS), [("    if pretrained:\n        settings[", "    if parent:\n        settings[")]),
     "arms mixed": ((STAGES, ARMS), [("if s.pretrained == pretrained and s.resolution", "if s.resolution")]),

@@ -26,6 +26,7 @@ from fastidmm.evaluate import (
     outputs,
     score,
 )
+from fastidmm.interrupt import Stop
 from fastidmm.plan import central_crops
 from fastidmm.record import Record
 from fastidmm.train import online_knn
@@ -90,7 +91,7 @@ def test_the_knn_of_a_metric_line_leaves_each_image_out(toy: str) -> None:
         sum(found == label for found, label in zip(votes, labels.tolist(), strict=True)) / 20
         for votes in (naive_knn(features, labels, features, 2, own=own) for own in (True, False))
     )
-    assert online_knn(parts) == left_out < with_own
+    assert online_knn(parts, Stop()) == left_out < with_own
 
 
 # --- linear probe -------------------------------------------------------------------------------

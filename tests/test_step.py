@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toy_runs import recipe
 
 from fastidmm.assemble import Parts, assemble, training_rows
@@ -92,15 +93,16 @@ def test_what_follows_a_step_sees_the_whole_batch_and_moved_weights(
     def keeping(self: IDMM, batch: Batch) -> Loss:
         return replace(forward(self, batch), keep={"rows": batch.groups[0].rows})
 
-    def after(self: IDMM, keep: dict[str, torch.Tensor], number: int) -> None:
-        seen.append((keep["rows"].tolist(), number, self.head.weight.detach().clone()))
+    def after(self: IDMM, keep: dict[str, Tensor], number: Tensor, skipped: Tensor) -> None:
+        told = int(number), bool(skipped)
+        seen.append((keep["rows"].tolist(), told, self.head.weight.detach().clone()))
 
     monkeypatch.setattr(IDMM, "forward", keeping)
     monkeypatch.setattr(IDMM, "after_step", after)
     before, batch = parts.method.get_parameter("head.weight").detach().clone(), batch_of(parts, 2)
     step(parts, batch)
-    ((rows, number, weight),) = seen
-    assert rows == batch.groups[0].rows.tolist() and number == 2
+    ((rows, told, weight),) = seen
+    assert rows == batch.groups[0].rows.tolist() and told == (2, False)
     assert not torch.equal(weight, before)
 
 
@@ -116,3 +118,18 @@ def test_layers_compute_in_the_precision_asked_for(
     loss = backward(parts, batch_of(parts, 0))
     assert kinds and set(kinds) == {kind}
     assert loss.total.dtype == gradients(parts).dtype == torch.float32
+
+
+def test_what_is_frozen_stays(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its epoch: neither gradient nor decay moves it, and all else learns."""
+    parts = parts_of()
+    head = parts.method.get_parameter("head.weight")
+    monkeypatch.setattr(type(parts.method), "frozen", lambda self, epoch: [] if epoch else [head])
+    found = []
+    for number in (1, 3):  # of the first and the second epoch, of three steps each
+        weights = list(parts.method.parameters())
+        before = [p.detach().clone() for p in weights]
+        step(parts, batch_of(parts, number))
+        moved = [not torch.equal(a, b) for a, b in zip(before, weights, strict=True)]
+        found.append((moved.pop(-2), all(moved)))
+    assert found == [(False, True), (True, True)]

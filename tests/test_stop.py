@@ -67,6 +67,24 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key not in timings} for line in told]
 
 
+def test_a_signal_after_the_last_look_is_heard_after_the_next_step(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While step 4's line is written: no checkpoint is due, and none was decided on."""
+    real, calls = Record.flush, iter(range(1000))
+
+    def asking(self: Record, *, wait: bool) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, wait=wait)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 5"):
+        patch.setattr(Record, "flush", asking)
+        stages.pretrain(recipe(epochs=3, checkpoint_every=3), "run")
+    assert [line["step"] for line in lines(RUN)] == [1, 2, 3, 4, 5]
+    assert Record(RUN).steps == 5
+
+
 def ask_in_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Have a signal come before a part of four images that an evaluation looks at, from 0."""
     real, calls = vars(evaluate)["plain_views"], iter(range(1000))
