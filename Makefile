@@ -1,4 +1,6 @@
 # `make` lists the targets. Everything runs in .venv; no root needed.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 # CI adds dali,ffcv; tests of a loader that is not installed are skipped.
@@ -27,10 +29,15 @@ test: setup  ## every test that needs no GPU
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
-faults: setup  ## what is promised of kills, signals and faults, and what is found (half an hour)
+faults: setup  ## what is promised of kills, signals, faults and mistakes, and what is found (an hour)
 	@for file in tests/faults/*.py; do \
 		grep -q __main__ $$file || continue; echo "$$file"; $(BIN)/python $$file || exit 1; \
 	done
+	@for subject in hostile audit statuses releases golden; do \
+		echo "tests of $$subject"; \
+		$(BIN)/python -m pytest -q -m "not gpu" -k $$subject tests | tail -n 1 || exit 1; \
+	done
+	$(BIN)/python tests/mutants.py trainer | tail -n 1
 
 mutants: setup  ## plant mistakes in kernels and trainer: do the tests notice? (half an hour or more)
 	$(BIN)/python tests/mutants.py

@@ -104,13 +104,14 @@ def ask_and_hold(number: int) -> None:
 
 
 def trials(num: int, seed: int = 0) -> Figures:
-    """Every point once, and random times of every case in turn, until there are so many."""
+    """Every point once, and random times of every case in turn, until so many have stopped."""
     found, chance = Figures(), random.Random(seed)
     with bench() as work:
         for number, point in zip(cycle(SIGNALS), islice(POINTS, num), strict=False):
             at_point(work, point, number, found)
-        names = islice(cycle(CASES), max(0, num - len(POINTS)))
-        for number, name in zip(cycle(SIGNALS), names, strict=False):
+        for number, name in zip(cycle(SIGNALS), cycle(CASES), strict=False):
+            if found.stops >= num:
+                break
             at_random(work, name, number, chance, found)
         twice(work, found)
     return found
