@@ -14,7 +14,7 @@ from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
-from fastidmm.optim import Schedule, adamw, lr_schedule
+from fastidmm.optim import Scaler, Schedule, adamw, lr_schedule
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, encoder_weights, start_of
@@ -56,6 +56,7 @@ class Parts:
     schedule: Schedule
     dtype: torch.dtype
     judge: Store | None  # the images that a classifier is scored on while it learns
+    scaler: Scaler | None  # of fp16
     state: State = field(default_factory=State)
 
 
@@ -176,8 +177,9 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
     judge = judging_rows(recipe, store) if split is None else None
+    scaler = Scaler(device) if dtype == torch.float16 else None
     parts = Parts(
-        recipe, record, store, method, loader, counters, optimizer, schedule, dtype, judge
+        recipe, record, store, method, loader, counters, optimizer, schedule, dtype, judge, scaler
     )
     if run.micro_batches > 1 and not method.can_be_cut():
         raise UsageError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastidmm.errors import DataError, unwritable
+from fastidmm.optim import Scaler
 from fastidmm.places import summed, unsummed
 from fastidmm.preparing.files import sync as sync
 from fastidmm.progress import say
@@ -165,14 +166,21 @@ def _damage(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     return ""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat names: parameter's number, then key."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, scaler: Scaler | None) -> dict[str, Tensor]:
+    """An optimizer's state as flat names, parameter's number, then key; and fp16's scale."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": t for number, table in state.items() for key, t in table.items()}
+    found = {f"{number}.{key}": t for number, table in state.items() for key, t in table.items()}
+    return found if scaler is None else found | scaler.tensors()
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, scaler: Scaler | None, tensors: dict[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`; parameter groups stay as they are."""
+    tensors = dict(tensors)
+    if scaler is not None:
+        for name, kept in scaler.tensors().items():
+            kept.copy_(tensors.pop(name))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

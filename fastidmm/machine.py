@@ -71,6 +71,9 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: `auto` is bf16 on a GPU and fp32 on a CPU."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    """What autocast computes in: `auto` is bf16 on a GPU, fp16 on one without, fp32 on a CPU."""
+    if precision == "auto" and device.type == "cuda":
+        # Before Ampere bf16 is imitated, and slow.
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bf16" if modern else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -61,20 +61,60 @@ def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.
     )
 
 
+class Scaler:
+    """What a loss in fp16 is multiplied by, so that gradients neither vanish nor overflow.
+
+    It halves when they overflow, which skips the step, and doubles after 2,000 steps without; as
+    torch's GradScaler, but for the device alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.good = torch.zeros((), dtype=torch.int32, device=device)  # steps since it changed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name; theirs to be copied to."""
+        return {"scaler.scale": self.scale, "scaler.good": self.good}
+
+    def follow(self, skipped: Tensor) -> None:
+        """Learn whether the step just made was skipped."""
+        torch._amp_update_scale_(self.scale, self.good, skipped.float(), 2.0, 0.5, 2000)
+
+
+class Updated(NamedTuple):
+    """What an update came to, as tensors."""
+
+    norm: Tensor  # of the gradients
+    skipped: Tensor  # whether nothing moved
+    failed: Tensor  # whether that was no matter of fp16's range
+
+
 @torch.no_grad()
 def update(
-    optimizer: torch.optim.Optimizer, method: Method, loss: Tensor, lr: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor]:
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    loss: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    scaler: Scaler | None = None,
+) -> Updated:
     """One step of the optimizer, skipped on the device when loss or gradients are not finite.
 
-    Returns the gradients' norm and whether the step was skipped, as tensors: nothing waits.
+    Gradients are the scaler's times too large, where there is one. Nothing waits.
     """
     grads = [p.grad for p in method.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    failed, scale = skipped, None
+    if scaler is not None:
+        scale = scaler.scale.clone()  # gradients are divided by this step's
+        failed = skipped & (~torch.isfinite(loss) | (scale <= 1))
+        norm = norm / scale
+        scaler.follow(skipped)
     if method.clip is not None:
+        most = method.clip if scale is None else method.clip * scale
         norms = torch._foreach_norm(grads)
-        torch._foreach_mul_(grads, [(method.clip / (n + 1e-6)).clamp(max=1) for n in norms])
+        torch._foreach_mul_(grads, [(most / (n + 1e-6)).clamp(max=1) for n in norms])
     for group in optimizer.param_groups:
         group["lr"].copy_(lr)
         if "decay" in group:
@@ -83,7 +123,7 @@ def update(
             if moving:
                 torch._foreach_mul_(moving, shrunk)
     # The fused optimizer's own way of skipping, made for gradient scalers.
-    optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = scale, skipped.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm, skipped
+    return Updated(norm, skipped, failed)

@@ -29,7 +29,7 @@ BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Im
 ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")]
 HoldoutOption = Annotated[
     float | None,
     typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),

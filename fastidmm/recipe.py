@@ -36,7 +36,7 @@ class RunOptions(Options):
     resolution: Count = 112
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     exact: bool = False
     capture: bool = True  # on a GPU, whole steps as CUDA graphs
     num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all

@@ -19,7 +19,7 @@ class Stepped:
     parts: dict[str, Tensor]  # of the loss, worth logging
     norm: Tensor  # of the gradients
     lr: Tensor
-    skipped: Tensor  # whether loss or gradients were not finite, and nothing moved
+    skipped: Tensor  # since loss or gradients were not finite, whatever the precision
     num_images: int
 
     def numbers(self) -> dict[str, Tensor]:
@@ -49,7 +49,8 @@ def backward(parts: Parts, batch: Batch) -> Loss:
                     continue
                 with torch.autocast(device.type, parts.dtype, enabled=parts.dtype != torch.float32):
                     losses.append(parts.method(micro))
-                losses[-1].total.backward()
+                total = losses[-1].total
+                (total if parts.scaler is None else total * parts.scaler.scale).backward()
             return _sum(losses)
         except torch.OutOfMemoryError:
             if parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -71,9 +72,9 @@ def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:
     for param in parts.method.frozen(batch.epoch):
         param.grad = None
     lr = parts.schedule(number)
-    norm, skipped = update(parts.optimizer, parts.method, loss.total, lr, number)
-    parts.method.after_step(loss.keep, number, skipped)
-    return Stepped(loss.total, loss.parts, norm, lr, skipped, batch.num_images)
+    made = update(parts.optimizer, parts.method, loss.total, lr, number, parts.scaler)
+    parts.method.after_step(loss.keep, number, made.skipped)
+    return Stepped(loss.total, loss.parts, made.norm, lr, made.failed, batch.num_images)
 
 
 def _sum(losses: list[Loss]) -> Loss:

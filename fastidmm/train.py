@@ -165,7 +165,7 @@ def save(parts: Parts, clock: Clock) -> None:
     state.seconds += clock.lap()
     tensors = {
         checkpoint.MODEL: parts.method.state_dict(),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer),
+        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer, parts.scaler),
     }
     values = {name: getattr(state, name) for name in State.__slots__}
     checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
@@ -184,7 +184,7 @@ def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, An
     """Be where a checkpoint's tensors and state were."""
     model, optimizer = tensors
     parts.method.load_state_dict(model)
-    checkpoint.load_optimizer(parts.optimizer, optimizer)
+    checkpoint.load_optimizer(parts.optimizer, parts.scaler, optimizer)
     parts.state = State(**values)
     parts.counters.attempt = parts.state.attempt
 

@@ -208,11 +208,14 @@ def _tensors_differ(then: Tables, parts: Parts) -> str:
         moments = {}
         for name, tensor in optimizer.items():
             number, _, key = name.partition(".")
-            moments[f"{key} of {params[int(number)]}"] = tensor
+            of = f" of {params[int(number)]}" if number.isdecimal() else ""
+            moments[f"{key}{of}"] = tensor
         return {name: t.detach().cpu() for name, t in {**model, **moments}.items()}
 
     before = flat(*then)
-    now = flat(parts.method.state_dict(), checkpoint.optimizer_tensors(parts.optimizer))
+    now = flat(
+        parts.method.state_dict(), checkpoint.optimizer_tensors(parts.optimizer, parts.scaler)
+    )
     differing = [
         n
         for n in (*now, *sorted(before.keys() - now.keys()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastidmm.batch import Method
-from fastidmm.optim import OptimOptions, adamw, lr_schedule, update
+from fastidmm.optim import OptimOptions, Scaler, adamw, lr_schedule, update
 
 STEPS = 8  # an epoch
 
@@ -98,7 +98,7 @@ def test_updates_are_adamws(dtype: torch.dtype, tolerance: float) -> None:
         loss = ours.loss(step)
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None])
-        norm, skipped = update(optimizer, ours, loss, torch.tensor(lr), torch.tensor(step))
+        norm, skipped, _ = update(optimizer, ours, loss, torch.tensor(lr), torch.tensor(step))
         assert float(norm) == pytest.approx(float(gradient.norm()), rel=1e-5) and not skipped
         assert all(p.grad is None for p in ours.parameters())
         plain.param_groups[0]["lr"] = lr
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_skipped(where: str, value: float, first: int) -> 
                 assert bad is not None
                 bad.data.view(-1)[-1] = value
                 before = parameters(method)
-                _, skipped = update(optimizer, method, loss, lr, torch.tensor(step))
+                _, skipped, _ = update(optimizer, method, loss, lr, torch.tensor(step))
                 assert bool(skipped) and torch.equal(parameters(method), before)
             loss = method.loss(step)
             loss.backward()
@@ -179,3 +179,37 @@ def test_tensors_are_clipped_and_decay_follows_its_schedule() -> None:
     loss.backward()
     update(optimizer, ours, loss, torch.tensor(0.5), torch.tensor(3))
     assert torch.equal(parameters(ours), before)
+
+
+@pytest.mark.parametrize("clipping", [False, True])
+def test_scaled_gradients_are_divided_again(clipping: bool) -> None:
+    """A loss 2**16 times too large moves weights as the loss itself does; an overflow halves it."""
+    kind = Careful if clipping else Line
+    ours, plain = kind(torch.float32), kind(torch.float32)
+    cpu = torch.device("cpu")
+    optimizers = [adamw(m, OptimOptions(lr=1.0), cpu) for m in (ours, plain)]
+    scaler = Scaler(cpu)
+    for step in range(3):
+        at, lr = torch.tensor(step), torch.tensor(0.1)
+        loss = ours.loss(step)
+        (loss * scaler.scale).backward()
+        scaled = update(optimizers[0], ours, loss, lr, at, scaler)
+        loss = plain.loss(step)
+        loss.backward()
+        norm, _, _ = update(optimizers[1], plain, loss, lr, at)
+        assert float(scaled.norm) == pytest.approx(float(norm), rel=1e-5)
+        assert not scaled.skipped
+        torch.testing.assert_close(parameters(ours), parameters(plain), rtol=0, atol=1e-6)
+    scaler.good.fill_(1999)
+    for overflow, scale in ((False, 2.0**17), (True, 2.0**16), (False, 2.0**16)):
+        before, loss = parameters(ours), ours.loss(0)
+        (loss * scaler.scale * (math.inf if overflow else 1)).backward()
+        made = update(optimizers[0], ours, loss, torch.tensor(0.1), torch.tensor(0), scaler)
+        assert bool(made.skipped) == overflow and not made.failed
+        assert torch.equal(parameters(ours), before) == overflow
+        assert (float(scaler.scale), int(scaler.good)) == (scale, not (overflow or scale > 2**16))
+    scaler.scale.fill_(1.0)
+    for bad in ("gradient", "loss"):
+        loss = ours.loss(0) * (math.nan if bad == "loss" else 1)
+        (loss * math.inf).backward()
+        assert update(optimizers[0], ours, loss, torch.tensor(0.1), torch.tensor(0), scaler).failed

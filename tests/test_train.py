@@ -18,6 +18,7 @@ from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, Interrupted, NumericalError, UsageError
 from fastidmm.interrupt import stoppable
 from fastidmm.methods.idmm import IDMM
+from fastidmm.optim import Scaler
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
 from fastidmm.record import METRICS, Record
@@ -213,6 +214,33 @@ def test_fine_tuning_takes_the_whole_backbone(toy: str, capsys: pytest.CaptureFi
     assert scores["pretrained"]["finetuned_24"]["num"] == 8
     assert "finetuned_24" not in scores["random"]
     assert scores["random"]["knn"]["num"] == 8
+
+
+def test_fp16_overflows_skips_and_resumes(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale too large for the first steps halves: no strike; its last bit is in a checkpoint."""
+    scales: list[float] = []
+    large_one = 2.0**20
+    begin, follow = Scaler.__init__, Scaler.follow
+
+    def large(self: Scaler, device: torch.device) -> None:
+        begin(self, device)
+        self.scale.fill_(large_one)
+
+    def watched(self: Scaler, skipped: torch.Tensor) -> None:
+        follow(self, skipped)
+        scales.append(float(self.scale))
+
+    monkeypatch.setattr(Scaler, "__init__", large)
+    monkeypatch.setattr(Scaler, "follow", watched)
+    stages.pretrain(recipe(precision="fp16"), "whole")
+    assert large_one / 2 == scales[0] > scales[2] == scales[-1]  # found before the checkpoint
+    lines = Record(Path("runs/whole")).metrics()
+    assert [line["skipped"] for line in lines] == [0] * 9
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 4)
+        stages.pretrain(recipe(precision="fp16"), "run")
+    stages.resume(Path("runs/run"))
+    assert_same("whole", "run")
 
 
 def stopped_run(monkeypatch: pytest.MonkeyPatch) -> Path:
