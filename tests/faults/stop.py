@@ -187,6 +187,9 @@ def twice(work: Bench, found: Figures) -> None:
 
 def importing(place: Path, module: str, number: signal.Signals, found: Figures) -> None:
     """One stop of a real process, when it has imported a module."""
+    for each in SIGNALS:  # behind nohup and `&` they are ignored, and what is begun inherits that
+        if signal.getsignal(each) is signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
     words = [
         sys.executable,
         "-X",
