@@ -95,6 +95,9 @@ def main() -> None:
         "views": lambda: [views.measure(device, quick=True, size=size) for size in (112, 224)],
         "loss": lambda: loss.measure(device),
         "step": lambda: step.measure(device, trace=out / "trace.json.gz"),
+        "step_compiled": lambda: step.measure(device, quick=True, compiled=True),
+        "step_base": lambda: step.measure(device, quick=True, backbone="deit_base"),
+        "step_pvtv2_b3": lambda: step.measure(device, quick=True, backbone="pvtv2_b3"),
         "step_224": lambda: step.measure(device, resolution=224, batch_size=256, **high),
         "step_448": lambda: step.measure(device, resolution=448, batch_size=128, **high),
     }

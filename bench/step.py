@@ -71,6 +71,7 @@ def measure(
     method: str = "idmm",
     resolution: int = 112,
     batch_size: int | None = None,
+    compiled: bool = False,
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Time steps and their parts; the default is the paper's DeiT-Tiny, on a CPU a small ViT."""
@@ -80,7 +81,7 @@ def measure(
     run = {
         "dataset": "noise", "backbone": backbone or ("deit_tiny" if gpu else "vit_micro"),
         "method": method, "resolution": resolution, "batch_size": size, "loader": "resident",
-        "device": str(device),
+        "device": str(device), "compile": compiled,
     }  # fmt: skip
     store = noise(NUM, NUM if gpu else 2 * size)
     with workplace() as work:
@@ -235,7 +236,7 @@ class Marks:
 def flop_of_image(method: Method, batch: Batch) -> float:
     """FLOP of the forward and backward passes of an image's crops: 3 times the forward pass's."""
     # On the CPU, where attention and loss are the products that they are defined by.
-    alone = copy.deepcopy(method).cpu()
+    alone = copy.deepcopy(method).eval().cpu()  # a compiled copy would be of the original
     image = batch.micro(batch.num_images)[0].changed(Tensor.cpu)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.backbones.build import build_encoder, load_weights
+from fastidmm.backbones.build import Encoder, build_encoder, load_weights
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
@@ -162,6 +162,14 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     if run.init and checkpoint.newest(record.checkpoints) is None:
         say(initialise(method, record.folder, recipe))
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if run.compile:
+        if run.exact:
+            raise UsageError(
+                "run.compile and --exact exclude each other: what is compiled rounds otherwise on "
+                "other machines and versions; leave one of them out."
+            )
+        assert isinstance(method.backbone, Encoder)
+        method.backbone.compile_training()
     loader: Loader = find("loader", run.loader)(
         store,
         method,

@@ -39,6 +39,7 @@ class RunOptions(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     exact: bool = False
     capture: bool = True  # on a GPU, whole steps as CUDA graphs
+    compile: bool = False  # the backbone by torch.compile: it takes a minute, long runs win it back
     num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all
     init: str = ""  # a checkpoint's folder, relative to the run's; "": random weights
     init_head: bool = False  # take its classifier too

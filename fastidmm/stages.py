@@ -22,8 +22,8 @@ from fastidmm.train import train
 
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
-    "dataset", "backbone", "loader", "seed", "device", "precision", "exact", "num_images",
-    "holdout", "patience", "score_every",
+    "dataset", "backbone", "loader", "seed", "device", "precision", "exact", "capture", "compile",
+    "num_images", "holdout", "patience", "score_every",
 )  # fmt: skip
 
 

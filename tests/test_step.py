@@ -13,15 +13,17 @@ from toy_runs import recipe
 from fastidmm.assemble import Parts, assemble, training_rows
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
+from fastidmm.errors import UsageError
 from fastidmm.methods.idmm import IDMM
-from fastidmm.record import Record
+from fastidmm.record import Record, free_folder
 from fastidmm.step import backward, step
 
 
 def parts_of(**changes: Any) -> Parts:
     """A run of 20 images in batches of 8, about to make its first step."""
     asked = recipe(loader="resident", **changes)
-    return assemble(Record.create(Path("runs/run"), asked, training_rows(asked)))
+    folder = free_folder(Path("runs/run"))
+    return assemble(Record.create(folder, asked, training_rows(asked)))
 
 
 def batch_of(parts: Parts, number: int) -> Batch:
@@ -133,3 +135,35 @@ def test_what_is_frozen_stays(toy: str, monkeypatch: pytest.MonkeyPatch) -> None
         moved = [not torch.equal(a, b) for a, b in zip(before, weights, strict=True)]
         found.append((moved.pop(-2), all(moved)))
     assert found == [(False, True), (True, True)]
+
+
+def test_a_compiled_backbone_trains_alike_and_is_scored_plainly(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler that leaves operations as they are: one graph a shape, the same bits."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        graphs.append(given)
+        return graph.forward
+
+    real = torch.compile
+    plain = parts_of()
+    expected = [step(plain, batch_of(plain, number)) for number in range(6)]
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **o: real(f, backend=compiler, fullgraph=True, **o)
+    )
+    fast = parts_of(compile=True)
+    assert fast.method.state_dict().keys() == plain.method.state_dict().keys()
+    for number, made in enumerate(expected):
+        ours = step(fast, batch_of(fast, number)).numbers()
+        assert all(torch.equal(ours[name], value) for name, value in made.numbers().items()), number
+    assert len(graphs) == 2  # of 8 and of 4 images
+    fast.method.backbone.eval()(torch.zeros(5, 3, 16, 16))
+    assert len(graphs) == 2
+
+
+def test_compiling_and_exactness_exclude_each_other(toy: str) -> None:
+    with pytest.raises(UsageError, match="leave one of them out"):
+        parts_of(compile=True, exact=True)
+    torch.use_deterministic_algorithms(False)

@@ -50,6 +50,7 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         super().__init__()
         self.words = PathWords(counters)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         self.model, self.counters = draw_from_counters(model, self.words), counters
         # Where a head has hidden layers, what comes before the classifier is wider or narrower.
         width = getattr(model, "head_hidden_size", None) or model.num_features
@@ -61,9 +62,14 @@ class Encoder(nn.Module):
         if self.training:
             self.words.draw()
 
+    def compile_training(self) -> None:
+        """Train by a compiled model, which rounds otherwise; what is scored goes the plain way."""
+        self._compiled = torch.compile(self.model.forward, dynamic=False)
+
     def forward(self, images: Tensor) -> Tensor:
         """Features before any head: (C, D)."""
-        features: Tensor = self.model(images)
+        compiled = self._compiled if self.training else None
+        features: Tensor = self.model(images) if compiled is None else compiled(images)
         return features
 
 
