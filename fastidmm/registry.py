@@ -27,6 +27,8 @@ BACKBONES = {
     "deit_tiny": "fastidmm.backbones.vit:deit_tiny",
     "pvtv2_b0": "fastidmm.backbones.pvt:pvtv2_b0",
     "pvtv2_b3": "fastidmm.backbones.pvt:pvtv2_b3",
+    "t2t_vit_14": "fastidmm.backbones.t2t:t2t_vit_14",
+    "t2t_vit_7": "fastidmm.backbones.t2t:t2t_vit_7",
     "vit_micro": "fastidmm.backbones.vit:vit_micro",
 }
 LOADERS = {

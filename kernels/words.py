@@ -20,6 +20,8 @@ COUNTERS = 256  # of a program
 
 def words(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> Tensor:
     """Four words for each counter: parts that broadcast to (...), one a tensor, give (..., 4)."""
+    if torch.compiler.is_compiling():
+        return reference(counter, key)  # a compiler joins these operations with what they are for
     devices = {part.device.type for part in counter if isinstance(part, Tensor)}
     if devices == {"cpu"}:
         return on_cpu(counter, key)

@@ -24,6 +24,8 @@ PUBLISHED = {
     "deit_base": (85_685_760, 87_254_520, 768),
     "pvtv2_b0": (3_409_760, 3_934_040, 256),
     "pvtv2_b3": (44_725_696, 45_772_216, 512),
+    "t2t_vit_7": (4_015_590, 4_539_870, 256),
+    "t2t_vit_14": (21_104_102, 21_889_502, 384),
 }
 
 
@@ -68,7 +70,7 @@ def test_deit_has_the_published_tokens(resolution: int, tokens: int) -> None:
     assert encoder.state_dict()["model.pos_embed"].shape == (1, tokens, 192)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny", "pvtv2_b0", "vit_micro", VIT])
+@pytest.mark.parametrize("name", ["deit_tiny", "pvtv2_b0", "t2t_vit_7", "vit_micro", VIT])
 def test_features_are_as_wide_as_said(name: str) -> None:
     encoder = build(name, resolution=64).eval()
     with torch.inference_mode():
@@ -95,6 +97,7 @@ def test_the_feature_is_the_class_token_after_the_last_norm() -> None:
         ("deit_tiny", 100, 96),
         ("deit_tiny", 0, 16),
         ("pvtv2_b0", 31, 32),
+        ("t2t_vit_7", 120, 128),
         ("vit_micro", 36, 32),
         (VIT, 4, 8),
     ],

@@ -346,7 +346,7 @@ def test_a_metric_line_cut_short_is_dropped(toy: str) -> None:
     assert len(Record(Path("runs/run")).metrics()) == STEPS - 1
 
 
-@pytest.mark.parametrize("backbone", ["vit_micro", "pvtv2_b0"])
+@pytest.mark.parametrize("backbone", ["vit_micro", "pvtv2_b0", "t2t_vit_7"])
 def test_golden_losses(toy: str, backbone: str) -> None:
     """Losses of nine steps as they were when last changed on purpose.
 
