@@ -101,8 +101,6 @@ def judging_rows(recipe: Recipe, store: Store) -> Store | None:
     Where the device of `store`, the training rows, reads them.
     """
     run = recipe.run
-    if not find("method", run.method).needs_labels:
-        return None
     if run.holdout:
         whole = open_store(folder_of(run.dataset), "train")
         return within_reach(whole.select(split_rows(recipe, whole)[1]), store.device)
@@ -172,7 +170,9 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     method.num_steps = run.epochs * loader.steps_per_epoch
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
-    judge = judging_rows(recipe, store) if split is None else None
+    # A method may need labels and still learn no classes.
+    judged = split is None and method.classifier() is not None
+    judge = judging_rows(recipe, store) if judged else None
     parts = Parts(
         recipe, record, store, method, loader, counters, optimizer, schedule, dtype, judge
     )
