@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastidmm import stages
+from fastidmm.assemble import training_rows
 from fastidmm.batch import Batch
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError
@@ -186,6 +187,18 @@ def test_settings_are_the_papers_unless_told_otherwise(name: str) -> None:
     assert found.optim.warmup_epochs == 0.5
     assert recipe(name, batch_size=8).run.batch_size == 8
     assert Recipe.of(found.tables()) == found
+
+
+@pytest.mark.parametrize(("rates", "lr"), [({}, 1e-3), ({"lr": 2e-4}, 2e-4)])
+def test_fine_tuning_is_the_same_after_every_method(
+    rates: dict[str, float], lr: float, toy: str
+) -> None:
+    """At the backbone's own rate, not the method's; a rate that was given goes on."""
+    tables = recipe("simclr", backbone="pvtv2_b0").tables()
+    told = Recipe.of({**tables, "optim": {**tables["optim"], **rates}})
+    record = Record.create(Path("runs/run"), told, training_rows(told))
+    assert record.recipe.optim.lr == rates.get("lr", 5e-4)
+    assert Recipe.of(stages.finetune_tables(record, pretrained=False)).optim.lr == lr
 
 
 def test_supcon_learns_from_labels_and_is_not_judged_on_test_images(toy: str) -> None:
