@@ -206,7 +206,8 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
 
 def _first_guess(parts: Parts, device: torch.device) -> int:
     """Micro-batches to begin with: on a GPU one, which grows when memory is short."""
-    if device.type == "cuda" or not parts.method.can_be_cut():
+    cheap = parts.method.rows_independent and parts.method.can_be_cut()
+    if device.type == "cuda" or not cheap:
         return 1
     crops = sum(g.count for g in parts.method.views)
     images = min(parts.recipe.run.batch_size, len(parts.store))

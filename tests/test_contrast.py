@@ -5,20 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import assembled
+from synthetic import assembled, small_store
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastidmm import stages
 from fastidmm.assemble import training_rows
 from fastidmm.batch import Batch
+from fastidmm.bench.training import assembled as assembled_parts
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError
+from fastidmm.loaders.planned import Planned
 from fastidmm.methods.contrast import Contrast, contrastive
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 from fastidmm.reporting import report
+from fastidmm.step import backward
 
 MakePhotos = Callable[..., Path]
 Example = tuple[Tensor, Tensor, float]
@@ -226,8 +229,38 @@ def test_supcon_without_labels_is_refused(home: Path, photos: MakePhotos) -> Non
         stages.pretrain(recipe("supcon"), "run")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["simclr", "supcon"])
-def test_micro_batches_are_refused_with_the_reason(name: str, toy: str) -> None:
+@pytest.mark.parametrize("num", [2, 3, 5, 14, 40])
+def test_micro_batches_have_the_gradient_of_the_batch(
+    name: str, num: int, precision: str, tmp_path: Path
+) -> None:
+    """Drop-path on; parts that cut between views, of one crop, and empty ones."""
+    run = {
+        "dataset": "made", "method": name, "backbone": "vit_micro", "resolution": 16, "epochs": 1,
+        "loader": "resident", "device": "cpu", "precision": precision,
+    }  # fmt: skip
+    made = assembled_parts({"run": run, "backbone": {"drop_path": 0.3}}, small_store(7), tmp_path)
+    assert isinstance(made.loader, Planned) and made.state.micro_batches == 1
+    batch = made.loader.batch(0)
+    losses, gradients = [], []
+    for cut in (1, num):
+        made.state.micro_batches = cut
+        losses.append(backward(made, batch))
+        grads = [p.grad for p in made.method.parameters()]
+        gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
+        assert len(gradients[-1]) == sum(p.numel() for p in made.method.parameters())
+        made.optimizer.zero_grad(set_to_none=True)
+    whole, parts = losses
+    close = 1e-5 if precision == "fp32" else 2e-2
+    assert parts.total.item() == pytest.approx(whole.total.item(), rel=close)
+    assert parts.parts.keys() == whole.parts.keys()
+    off = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    assert off < (1e-5 if precision == "fp32" else 5e-2), off
+
+
+def test_micro_batches_over_batchnorm_are_refused(toy: str) -> None:
+    told = recipe("simclr", backbone="timm:resnet10t", resolution=32, micro_batches=2)
     with pytest.raises(UsageError, match="a crop's loss depends on the others'"):
-        stages.pretrain(recipe(name, micro_batches=2), "run")
+        stages.pretrain(told, "run")
     assert not Path("runs/run").exists()

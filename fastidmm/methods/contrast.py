@@ -28,8 +28,9 @@ class ContrastOptions(Options):
 class Contrast(Method):
     """Crops of one kind attract each other, all others repel; a subclass says what is a kind."""
 
-    # No crop's loss is its own: micro-batches would have fewer others to tell it from.
+    # A crop is told from all others of the batch, so that the loss needs the features of all.
     rows_independent = False
+    features_first = True
     Options = ContrastOptions
     # As a path of the IDMM paper's SupCon run names them. Its SimCLR was never published: the same.
     settings: ClassVar[dict[str, dict[str, Any]]] = {
@@ -69,11 +70,19 @@ class Contrast(Method):
 
     def forward(self, batch: Batch) -> Loss:
         """The mean over crops of the contrastive loss, in float32."""
-        (views,) = batch.groups
+        return self.loss_of(self.features(batch), batch)
+
+    def features(self, batch: Batch) -> Tensor:
+        """Projections, of any length."""
         (z,) = forward_groups(self.backbone, batch.groups)
-        z = self.projector(z)
-        with torch.autocast(z.device.type, enabled=False):
-            losses, hits = contrastive(z.float(), self.kinds(views), self.temperature)
+        projected: Tensor = self.projector(z)
+        return projected
+
+    def loss_of(self, features: Tensor, batch: Batch) -> Loss:
+        """As `forward`, of projections."""
+        (views,) = batch.groups
+        with torch.autocast(features.device.type, enabled=False):
+            losses, hits = contrastive(features.float(), self.kinds(views), self.temperature)
         return Loss(losses.mean(), parts={"contrast_top1": hits.float().mean()})
 
 
