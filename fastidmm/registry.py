@@ -20,6 +20,8 @@ DATASETS = {
 }
 METHODS = {
     "idmm": "fastidmm.methods.idmm:IDMM",
+    "simclr": "fastidmm.methods.simclr:SimCLR",
+    "supcon": "fastidmm.methods.supcon:SupCon",
     "supervised": "fastidmm.methods.supervised:Supervised",
 }
 BACKBONES = {

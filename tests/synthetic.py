@@ -50,12 +50,17 @@ def small_store(num: int = 7) -> Store:
 
 
 def assembled(
-    method: str, *, num: int = 7, batch_size: int = 7, drop_path: float = 0.2
+    method: str,
+    *,
+    backbone: str = "vit_micro",
+    num: int = 7,
+    batch_size: int = 7,
+    drop_path: float = 0.2,
 ) -> tuple[Method, Resident]:
-    """A method over `vit_micro` at 32 px, and the loader that feeds it."""
+    """A method over a backbone at 32 px, and the loader that feeds it."""
     store, counters = small_store(num), Counters(seed=1)
     options = BackboneOptions(drop_path=drop_path)
-    encoder = build_encoder("vit_micro", options, resolution=32, counters=counters)
+    encoder = build_encoder(backbone, options, resolution=32, counters=counters)
     kind = find("method", method)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

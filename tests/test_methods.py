@@ -13,6 +13,11 @@ from fastidmm.batch import Batch, Loss, Method, Views, forward_groups
 from fastidmm.registry import METHODS
 
 every_method = pytest.mark.parametrize("name", list(METHODS))
+# Of 14 crops at temperature 1/2, likes at one place and all others opposite: no loss is below.
+LEAST = {
+    "simclr": math.log(1 + 12 * math.exp(-4)),
+    "supcon": (6 * math.log(5 + 8 * math.exp(-4)) + 8 * math.log(3 + 10 * math.exp(-4))) / 14,
+}
 
 
 def gradients(method: Method, losses: list[Tensor]) -> Tensor:
@@ -78,7 +83,8 @@ def test_a_batch_can_be_learnt(name: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     # CutMix leaves IDMM the entropy of its mixed targets, at least; most of it must go.
-    assert losses[-1] < 0.6 * losses[0], losses
+    least = LEAST.get(name, 0.0)
+    assert losses[-1] - least < 0.6 * (losses[0] - least), losses
 
 
 @every_method
