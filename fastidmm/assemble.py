@@ -136,6 +136,7 @@ def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:
             resolution=run.resolution,
             num_rows=len(store),
             num_classes=store.num_classes,
+            batch_size=run.batch_size,
         )
     return method
 
@@ -201,6 +202,7 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     else:
         loaded = load_weights(method.backbone, encoder_weights(source), source=str(source))
         loaded += ", head new"
+        method.begin()
     return f"{loaded}: from {source.parent.parent}"
 
 

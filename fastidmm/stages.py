@@ -117,7 +117,9 @@ def finetune_tables(parent: Record, *, pretrained: bool) -> Tables:
     """The recipe of a first fine-tuning stage, from its run's recipe."""
     old = parent.recipe
     settings = old.finetune.model_dump(exclude_none=True)
-    lr = settings.pop("lr", old.optim.lr)
+    method = find("method", old.run.method)
+    own = method.lr_for_256 is not None or "lr" in method.settings.get("optim", {})
+    lr = settings.pop("lr", backbone(old.run.backbone).lr if own else old.optim.lr)
     if pretrained:
         settings["init"] = os.path.join("..", os.path.relpath(parent.result, parent.folder))
     return _stage_tables(old, settings, lr, old.supervised)
@@ -137,7 +139,9 @@ def _stage_tables(
     old: Recipe, settings: dict[str, Any], lr: float | None, method: Options
 ) -> Tables:
     kept = old.run.model_dump(include=set(KEPT))
-    optim = old.optim.model_dump(exclude={"warmup_epochs", "lr"})
+    # What a method has settings of its own for is its own: all are fine-tuned alike.
+    own = find("method", old.run.method).settings.get("optim", {})
+    optim = old.optim.model_dump(exclude={"warmup_epochs", "lr", *own})
     return {
         "run": {**kept, **settings, "method": "supervised"},
         "optim": {**optim, "lr": lr},
