@@ -27,7 +27,8 @@ class MoCoV2Options(Options):
 def queue_size(most: int, num_rows: int, batch_size: int) -> int:
     """Whole batches of an epoch, and one at least.
 
-    With more keys than images, each image's own key of the last epoch would be a negative of it.
+    With two keys an image, its own key of the epoch before is always a negative of it; with one, in
+    half of all cases.
     """
     batch_size = min(batch_size, num_rows)
     return max(batch_size, min(most, num_rows // batch_size * batch_size))
