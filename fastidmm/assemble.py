@@ -138,6 +138,7 @@ def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:
             resolution=run.resolution,
             num_rows=len(store),
             num_classes=store.num_classes,
+            batch_size=run.batch_size,
         )
     return method
 
@@ -214,6 +215,7 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     else:
         loaded = load_weights(method.backbone, encoder_weights(source), source=str(source))
         loaded += ", head new"
+        method.begin()
     return f"{loaded}: from {source.parent.parent}"
 
 

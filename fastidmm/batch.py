@@ -153,6 +153,9 @@ class Method(nn.Module):
     needs_labels: ClassVar[bool] = False
     # What a recipe's [run] and [optim] have for this method where they say nothing else.
     settings: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Peak rate at 256 images a step, in proportion at others, and warm-up; None: the backbone's.
+    lr_for_256: ClassVar[float | None] = None
+    warmup_epochs: ClassVar[int | None] = None
     clip: ClassVar[float | None] = None  # most that the gradient of one tensor may measure
 
     backbone: nn.Module
@@ -162,7 +165,10 @@ class Method(nn.Module):
     steps_per_epoch: int = 1
 
     def __init__(self, backbone: nn.Module) -> None:
-        """A subclass takes (backbone, options, *, resolution, num_rows, num_classes)."""
+        """A subclass takes (backbone, options, *, resolution, num_rows, num_classes, batch_size).
+
+        Whichever of these it needs.
+        """
         super().__init__()
         self.backbone = backbone
 
@@ -177,6 +183,9 @@ class Method(nn.Module):
     def loss_of(self, features: Tensor, batch: Batch) -> Loss:
         """The loss of a whole batch, from the features of its crops."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """Told when the student has taken weights of another run: teachers take them over."""
 
     def after_step(self, keep: dict[str, Tensor], step: Tensor, skipped: Tensor) -> None:
         """Move what follows the student, teachers and queues, on the device.

@@ -123,7 +123,10 @@ def finetune_tables(parent: Record, *, pretrained: bool) -> Tables:
     old = parent.recipe
     settings = old.finetune.model_dump(exclude_none=True)
     # What a method brings for itself is not for fine-tuning, which is the same for all.
-    own = find("method", old.run.method).settings.get("optim", {})
+    method = find("method", old.run.method)
+    own = dict(method.settings.get("optim", {}))
+    if method.lr_for_256 is not None:
+        own["lr"] = method.lr_for_256 * old.run.batch_size / 256
     optim = {key: value for key, value in _optim(old).items() if own.get(key) != value}
     optim["lr"] = settings.pop("lr", optim.get("lr"))
     if pretrained:

@@ -12,6 +12,11 @@ from fastidmm.registry import find
 from fastidmm.store import Store
 
 Photograph = NDArray[np.uint8]
+# Options of methods whose own heads are too large for a CPU.
+SMALL: dict[str, dict[str, int]] = {
+    "dino": {"out_dim": 48, "hidden": 64},
+    "mocov3": {"hidden": 64},
+}
 
 
 def photograph(high: int, wide: int, seed: int = 0) -> Photograph:
@@ -66,9 +71,10 @@ def assembled(
         torch.manual_seed(1)
         built: Method = kind(
             encoder,
-            kind.Options(),
+            kind.Options(**SMALL.get(method, {})),
             resolution=32,
             num_rows=len(store),
             num_classes=store.num_classes,
+            batch_size=batch_size,
         )
     return built.train(), Resident(store, built, counters, batch_size=batch_size)

@@ -29,6 +29,7 @@ CURVES = (
     ("Pretraining loss", "loss", ""),
     ("Instance top-1: images recognised as themselves", "instance_top1", " %"),
     ("Contrast top-1: crops whose nearest other attracts them", "contrast_top1", " %"),
+    ("Entropy of the teacher's probabilities, nats", "teacher_entropy", ""),
     ("Training top-1", "train_top1", " %"),
     ("kNN on training labels, leave-one-out", "knn_top1", " %"),
 )
