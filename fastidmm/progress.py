@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastidmm.batch import Batch
@@ -69,6 +71,7 @@ class Clock:
     def __init__(self) -> None:
         self.images, self.waited = 0, 0.0
         self.since = self.lapped = time.perf_counter()
+        self.apart: defaultdict[str, list[float]] = defaultdict(list)  # seconds of what is no step
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, its waiting time noted."""
@@ -84,12 +87,21 @@ class Clock:
             "images_per_second": round(self.images / spent, 2),
             "data_wait": round(self.waited / spent, 4),
         }
-        self.restart()
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
         return rates
 
-    def restart(self) -> None:
-        """Measure from here on: what went before was no training, or is told already."""
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+    @contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """Keep the time of a look or a checkpoint out of the rates, and by itself."""
+        began = time.perf_counter()
+        yield
+        self.apart[what].append(time.perf_counter() - began)
+        self.since += self.apart[what][-1]
+
+    @property
+    def seconds_apart(self) -> float:
+        """Of all that was no step."""
+        return sum(map(sum, self.apart.values()))
 
     def lap(self) -> float:
         """Seconds since the last lap."""

@@ -1,7 +1,7 @@
 """The loop: batch, step, record; from step 0 or from a checkpoint to the same bits."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
+from fastidmm.forecast import Course, Outlook
 from fastidmm.interrupt import Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record
@@ -21,11 +22,14 @@ from fastidmm.store import Store
 MEMORY_OF_STRIKES = 100  # steps
 
 
-def train(record: Record) -> None:
-    """Train what the record's recipe says, from its newest checkpoint, to the end."""
+def train(record: Record) -> dict[str, float]:
+    """Train what the record's recipe says, from its newest checkpoint, to the end.
+
+    What was forecast of its seconds, once it had begun, and what they came to.
+    """
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
-        return
+        return {}
     try:
         with record.locked(), stoppable() as stop:
             parts = assemble(record)
@@ -35,7 +39,8 @@ def train(record: Record) -> None:
                 say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
             if len(parts.store) < run.batch_size:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
-            while not attempted(parts, stop):
+            outlook = Outlook(course_of(parts), sum(g.count for g in parts.method.views))
+            while not attempted(parts, stop, outlook):
                 roll_back(parts)
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
@@ -44,6 +49,7 @@ def train(record: Record) -> None:
             if stop.requested:
                 at = f"stopped at step {parts.state.step}"
                 raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
+            return outlook.told
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
@@ -51,14 +57,30 @@ def train(record: Record) -> None:
         ) from None
 
 
-def attempted(parts: Parts, stop: Stop) -> bool:
+def course_of(parts: Parts) -> Course:
+    """How many steps, looks and checkpoints the recipe means."""
+    run, every = parts.recipe.run, Cadence.of(parts)
+    return Course(
+        len(parts.store),
+        run.batch_size,
+        run.epochs,
+        knn=every.knn if parts.store.num_classes > 1 else 0,
+        score=every.score if parts.judge is not None else 0,
+        checkpoint=every.checkpoint,
+    )
+
+
+def attempted(parts: Parts, stop: Stop, outlook: Outlook) -> bool:
     """Whether the run was brought to its end or stopped; false: it must roll back."""
     clock = Clock()
+    outlook.restart(parts.state.step)
     with closing(stepped(parts, clock)) as coming:
-        return steps(parts, stop, coming, clock)
+        return steps(parts, stop, coming, clock, outlook)
 
 
-def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> bool:
+def steps(
+    parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock, outlook: Outlook
+) -> bool:
     """Steps until the run is done or asked to stop (true), or must roll back (false)."""
     state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
     device = parts.store.device
@@ -92,14 +114,18 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
         # A new best and what it is the best of must not part.
         best = state.best_step == state.step
         keep = done or best or stop.requested or every.due(state.step, every.checkpoint)
-        if strikes(parts, record.flush(wait=keep), progress):
+        lines = record.flush(wait=keep)
+        if strikes(parts, lines, progress):
             return False
+        outlook.arrived(lines, clock)
         if keep:
             state.skipped = float(skipped_since)
             save(parts, clock)
         if stop.requested:
             progress.close()
             break
+    if state.step == total:
+        outlook.end()
     return True
 
 
@@ -142,7 +168,17 @@ def save(parts: Parts, clock: Clock) -> None:
         checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer),
     }
     values = {name: getattr(state, name) for name in State.__slots__}
-    checkpoint.save(parts.record.checkpoints, state.step, tensors, values)
+    with beside(parts, clock, "checkpoint"):
+        checkpoint.save(parts.record.checkpoints, state.step, tensors, values)
+
+
+@contextmanager
+def beside(parts: Parts, clock: Clock, what: str) -> Iterator[None]:
+    """Time what is no step, once the device has made the steps before it."""
+    if parts.store.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    with clock.beside(what):
+        yield
 
 
 def restore(parts: Parts) -> None:
@@ -166,15 +202,15 @@ def looks(parts: Parts, every: Cadence, clock: Clock, *, done: bool) -> dict[str
     """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
     found, step = {}, parts.state.step
     if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
-        found["knn_top1"] = online_knn(parts)
+        with beside(parts, clock, "knn"):
+            found["knn_top1"] = online_knn(parts)
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
-        judged = classified(parts, parts.judge)
+        with beside(parts, clock, "score"):
+            judged = classified(parts, parts.judge)
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
         if split == "holdout":
             keep_best(parts, judged.value)
-    if found:
-        clock.restart()
     return found
 
 
