@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from fastidmm.assemble import Parts, assemble, training_rows
 from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
-from fastidmm.evaluate import linear_probe
+from fastidmm.evaluate import linear_probe, outputs
 from fastidmm.forecast import Costs, Course, Forecast
 from fastidmm.machine import device_of
 from fastidmm.plan import mix_of
@@ -29,7 +29,7 @@ from fastidmm.record import Record
 from fastidmm.run import check
 from fastidmm.stages import begun, finetune_tables, high_tables
 from fastidmm.store import folder_of, open_store
-from fastidmm.train import course_of, online_knn, save
+from fastidmm.train import course_of, save
 
 STEPS, MOST_STEPS, FEWEST = 20, 60, 3  # full ones wanted, any made for them, full ones needed
 SECONDS = 8.0  # for them, where they are slow
@@ -226,7 +226,7 @@ def enough(blocks: list[Block], course: Course, *, late: bool) -> bool:
 def settled(blocks: list[Block], course: Course) -> tuple[float, float, float]:
     """Seconds of a full step, of a tail, and of all warm-up beyond what its steps are later.
 
-    A tail that was not met twice more than it is warmed up counts by its images.
+    A tail that was not met beyond its warm-up counts by its images.
     """
 
     def mean(tail: bool) -> float | None:
@@ -241,22 +241,23 @@ def settled(blocks: list[Block], course: Course) -> tuple[float, float, float]:
 
 
 def look_seconds(parts: Parts) -> float:
-    """Seconds to look at an image whole, kNN included."""
+    """Seconds to look at an image whole; the votes of a kNN are little beside it."""
     store = parts.store
     num = min(len(store), IMAGES[store.device.type])
-    rows = torch.linspace(0, len(store) - 1, num, device=store.device).long()
-    some = replace(parts, store=store.select(rows))
+    some = store.select(torch.linspace(0, len(store) - 1, num, device=store.device).long())
+    model = parts.method.backbone_for_export()
     for _ in range(2):  # the first finds memory and algorithms
         began = time.perf_counter()
-        online_knn(some)
+        outputs(model, some, resolution=parts.recipe.run.resolution, dtype=parts.dtype)
+        _wait(store.device)
         spent = time.perf_counter() - began
     return spent / num
 
 
 def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
     """Seconds of a linear probe on features so wide of so many images, which are made up."""
-    labels = training_rows(recipe).label[:PROBED]
-    classes = len(training_rows(recipe).class_names)
+    store = training_rows(recipe)
+    labels, classes = store.label[:PROBED], store.num_classes
     device = device_of(recipe.run.device)
     chance = torch.Generator().manual_seed(0)
     features = torch.randn(len(labels), width, generator=chance).to(device)
