@@ -67,9 +67,12 @@ def test_a_run_does_what_was_counted(toy: str, num: int, monkeypatch: pytest.Mon
 
     def noting(module: Any, name: str, mark: Callable[[Any], object]) -> None:
         made = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *a, **k: (met.append(mark(a)), made(*a, **k))[1]
-        )  # fmt: skip
+
+        def noted(*args: Any, **more: Any) -> Any:
+            met.append(mark(args))
+            return made(*args, **more)
+
+        monkeypatch.setattr(module, name, noted)
 
     noting(train, "online_knn", lambda _: "knn")
     noting(train, "classified", lambda _: "score")
