@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 STEPS = 50  # that the loss must have stood there
 MARGIN = 1e-3  # of what guessing costs
 LEAST_SPREAD = 1e-3  # of features about their mean, as a share of their length
@@ -45,3 +47,10 @@ class Watch:
         if kind not in self._said:
             self._said.add(kind)
             yield f"warning: {sentence}"
+
+
+def spread(features: Tensor) -> float:
+    """How far features (N, D) lie from their mean, as a share of their length: 0 to 1."""
+    lengths = features.double().square().sum(dim=1).mean().sqrt()
+    apart = (features - features.mean(dim=0)).double().square().sum(dim=1).mean().sqrt()
+    return float(apart / lengths) if lengths else 0.0
