@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastidmm import cli_paper
 from fastidmm.cli_bench import bench
 from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
@@ -20,6 +21,7 @@ from fastidmm.options import (
     ExactOption,
     Format,
     HoldoutOption,
+    InitOption,
     JsonOption,
     LoaderOption,
     MethodOption,
@@ -132,6 +134,7 @@ def pretrain(
     precision: PrecisionOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -145,7 +148,7 @@ def pretrain(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact, holdout=holdout,
+        precision=precision, exact=exact, holdout=holdout, init=init,
     )  # fmt: skip
     found = stages.pretrain(_recipe(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -155,6 +158,9 @@ def pretrain(
 def finetune(
     named: RunArgument = None,
     run: RunOption = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another than the run's: makes a run of its own.")
+    ] = None,
     resolution: ResolutionOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
@@ -178,11 +184,18 @@ def finetune(
     from fastidmm import stages
 
     settings = recipe_settings(
-        resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone,
-        loader=loader, seed=seed, device=device, precision=precision, exact=exact, holdout=holdout,
+        dataset=dataset, resolution=resolution, epochs=epochs, batch_size=batch_size,
+        backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
+        exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
-    found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
+    if dataset is None:
+        found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
+    elif scratch:
+        raise UsageError("--scratch takes nothing from a run: leave it or --dataset out.")
+    else:
+        found = stages.transfer(folder, settings, assignments or [])
+        folder = Path(found["run"])
     answer(found, as_json, lambda: _finished(found, f"fastidmm evaluate --run {folder}"))
 
 
@@ -281,6 +294,9 @@ def verify(
     found = verifying.verify(_run(named or run), steps)
     answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
     verifying.settle(found)
+
+
+cli_paper.add_to(app)
 
 
 @app.command("list")

@@ -1,0 +1,119 @@
+"""How much of the paper's protocol a machine does in a given time, measured before it begins."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from fastidmm.assemble import assemble, training_rows
+from fastidmm.capture import stepped
+from fastidmm.errors import UsageError
+from fastidmm.evaluate import outputs
+from fastidmm.loaders.choose import settled
+from fastidmm.machine import device_of
+from fastidmm.progress import Clock
+from fastidmm.recipe import Recipe, Tables
+from fastidmm.record import Record
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-tuning
+FEWEST_IMAGES = 128
+ONE_EPOCH = 1 / 800
+SPENT = 0.85  # of the budget: what a machine shares with others varies
+STEPS = {"cpu": (2, 3), "cuda": (8, 20)}  # before the timed ones, until captured, and timed
+
+
+def seconds_of(budget: str) -> float:
+    """`90s`, `10m` or `2h` in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not found or not float(found[1]):
+        raise UsageError(f"--budget {budget}: give a time such as 90s, 10m or 2h.")
+    return float(found[1]) * UNITS[found[2]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one stage of the protocol costs on this machine."""
+
+    epochs: int  # in the paper
+    images: int  # there are to train on
+    per_image: float  # seconds for an image in an epoch
+    fixed: float  # seconds besides, whatever the length
+
+    def seconds(self, share: float, num_images: int) -> float:
+        """Of so much of it."""
+        epochs = max(1, round(share * self.epochs))
+        return self.fixed + self.per_image * epochs * min(self.images, num_images)
+
+
+def fitting(costs: Sequence[Cost], seconds: float) -> tuple[float, int]:
+    """The share of epochs and the images that fit: the same for every stage of every arm.
+
+    Epochs are cut first, down to a fiftieth; then images, down to 128; then epochs again, down to
+    one of pretraining.
+    """
+
+    def fits(share: float, num: int) -> bool:
+        return sum(cost.seconds(share, num) for cost in costs) <= seconds
+
+    most = max(cost.images for cost in costs)
+    few = min(FEWEST_IMAGES, most)
+    if not fits(ONE_EPOCH, few):
+        needed = sum(cost.seconds(ONE_EPOCH, few) for cost in costs) / SPENT
+        raise UsageError(
+            f"the least of it takes {needed / 60:.1f} minutes here: give that --budget, or fewer "
+            "--seeds."
+        )
+    if fits(FEWEST_EPOCHS, most):
+        return _largest(lambda share: fits(share, most), FEWEST_EPOCHS, 1.0), most
+    if fits(FEWEST_EPOCHS, few):
+        return FEWEST_EPOCHS, int(_largest(lambda num: fits(FEWEST_EPOCHS, int(num)), few, most))
+    return _largest(lambda share: fits(share, few), ONE_EPOCH, FEWEST_EPOCHS), few
+
+
+def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number between two that fits, as `low` does, to a thousandth."""
+    if fits(high):
+        return high
+    while high - low > low / 1000:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def measured(tables: Tables, *, epochs: int, images: int) -> Cost:
+    """A few steps of a run with these tables, and one look at the images it is scored on."""
+    recipe = Recipe.of(tables)
+    began = time.perf_counter()
+    with TemporaryDirectory() as place:
+        store = training_rows(recipe)
+        recipe, _ = settled(recipe, store, device_of(recipe.run.device))
+        parts = assemble(Record.create(Path(place) / "trial", recipe, store))
+        parts.method.train()
+        before, timed = STEPS[parts.store.device.type]
+        with closing(stepped(parts, Clock())) as coming:
+            for _ in range(before):
+                next(coming)
+            _wait(parts.store.device)
+            fixed = time.perf_counter() - began
+            began = time.perf_counter()
+            num = sum(next(coming).num_images for _ in range(timed))
+            _wait(parts.store.device)
+            per_image = (time.perf_counter() - began) / num
+        judge = parts.store if parts.judge is None else parts.judge
+        seen = judge.select(torch.arange(min(len(judge), 64), device=judge.device))
+        began = time.perf_counter()
+        model, side = parts.method.backbone_for_export(), recipe.run.resolution
+        outputs(model, seen, resolution=side, dtype=parts.dtype)
+        look = (time.perf_counter() - began) / len(seen) * len(judge)
+    return Cost(epochs, images, per_image, fixed + look)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
