@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fastidmm.backbones.build import backbone as backbone_named
-from fastidmm.errors import FastidmmError, Interrupted, UsageError
+from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError, did_you_mean
 from fastidmm.evaluate import Score
 from fastidmm.machine import device_of
 from fastidmm.paper.budget import FEWEST_IMAGES, SPENT, Cost, fitting, measured, seconds_of
 from fastidmm.paper.protocol import WHOLE, Cut, Run, Work, stages, work
-from fastidmm.paper.published import TIMM, Cell, chosen, unpublished
+from fastidmm.paper.published import TABLES, TIMM, Cell, cells, chosen, unpublished
 from fastidmm.paper.sheet import Row, Sheet
 from fastidmm.places import folder_of, prepared, read_json
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import RECIPE, Record, run_folder
-from fastidmm.registry import METHODS
+from fastidmm.registry import DATASETS, METHODS
 from fastidmm.run import prepare_demo
 from fastidmm.stages import finetune, pretrain, summary
 from fastidmm.train import train
@@ -73,38 +73,54 @@ def reproduce(
     dry_run: bool,
 ) -> tuple[Sheet, int]:
     """Bring what a table lacks, and what came of it; the exit status of the first failure."""
-    cells = chosen(table, dataset, backbone)
+    if budget:
+        seconds_of(budget)
+    check_names(dataset, backbone)
+    wanted = chosen(table, dataset, backbone)
     name = "-".join(filter(None, ("reproduce", table, dataset, backbone, budget))).replace(":", "-")
     if dataset == "demo" and not dry_run:
         prepare_demo()
-    images = num_images({name for cell in cells for name in (cell.dataset, cell.source)})
-    asked = Table(name, table, cells, seeds, images, notes=_first_words(budget))
+    images = num_images({name for cell in wanted for name in (cell.dataset, cell.source)})
+    asked = Table(name, table, wanted, seeds, images, notes=_first_words(budget))
     if budget:
-        seconds_of(budget)
-        if not cut_short(asked, budget, measure=not dry_run):
-            return asked.sheet(), 0
-    if dry_run:
-        return asked.sheet(), 0
-    ready = [cell for cell in asked.cells if not lack(cell)]
-    for line in asked.notes:
-        say(line)
-    try:
-        for seed in range(seeds):  # all arms by one seed first: they are compared soonest
-            for cell in ready:
-                try:
-                    bring(asked.work(cell, seed))
-                except Interrupted:
-                    raise
-                except FastidmmError as problem:
-                    say(f"{cell.arm} on {cell.dataset}: {problem}")
-                    asked.problems.setdefault(cell, problem)
+        cut_short(asked, budget, measure=not dry_run)
+    if not dry_run:
+        for line in asked.notes:
+            say(line)
+        bring_all(asked)
+    return asked.sheet(), next((problem.status for problem in asked.problems.values()), 0)
+
+
+def check_names(dataset: str | None, backbone: str | None) -> None:
+    """Refuse names that are neither the paper's nor known here."""
+    known = {*DATASETS, *prepared()}
+    if dataset is not None and dataset not in known:
+        raise UsageError(f"unknown dataset {dataset!r}: {did_you_mean(dataset, list(known))}")
+    if backbone is not None and backbone not in {c.backbone for t in TABLES for c in cells(t)}:
+        backbone_named(backbone)
+
+
+def bring_all(asked: Table) -> None:
+    """Every cell that can be run: by one seed after the other, so that arms can soon be compared.
+
+    What fails is told in its row, and the next one is begun.
+    """
+    ready = [c for c in asked.cells if not lack(c) and c not in asked.problems]
+    if not ready and not asked.problems:
+        why = lack(asked.cells[0])
+        raise UsageError(f"nothing of {asked.table} can be run here yet: {why}.")
+    asked.sheet().write()
+    for seed in range(asked.seeds):
+        for cell in ready:
+            try:
+                bring(asked.work(cell, seed))
+            except Interrupted:
+                raise Interrupted("stopped; the same command goes on.") from None
+            except FastidmmError as problem:
+                say(f"{cell.arm} on {cell.dataset}: {problem}")
+                asked.problems.setdefault(cell, problem)
+            finally:
                 asked.sheet().write()
-    except Interrupted:
-        asked.sheet().write()
-        raise Interrupted("stopped; the same command goes on.") from None
-    sheet = asked.sheet()
-    sheet.write()
-    return sheet, next((problem.status for problem in asked.problems.values()), 0)
 
 
 def _first_words(budget: str | None) -> list[str]:
@@ -216,52 +232,59 @@ def _bare(recipe: Recipe) -> dict[str, Any]:
 # --- by a budget --------------------------------------------------------------------------------
 
 
-def cut_short(asked: Table, budget: str, *, measure: bool) -> bool:
-    """Cut a table to its budget: as it was begun, or else as steps on this machine suggest.
-
-    False where that was not to be measured.
-    """
+def cut_short(asked: Table, budget: str, *, measure: bool) -> None:
+    """Cut a table to its budget: as it was begun, or else as steps on this machine suggest."""
     cpu = device_of("auto").type == "cpu"
-    first = Cut(suffix=budget, scale=CPU_SCALE if cpu else 1.0)
     if cpu:
         asked.cells = unpublished(asked.cells, backbone=CPU_BACKBONE)
+    asked.cut = Cut(suffix=budget, scale=CPU_SCALE if cpu else 1.0)
     asked.notes = [f"Cut to --budget {budget}: these numbers are not by the paper's protocol."]
     path = Path("runs") / f"{asked.name}.json"
-    before = json.loads(path.read_text())["cut"] if path.exists() else None
-    if before:
+    if before := _cut_before(path):
         if before.pop("seeds") != asked.seeds:
             raise UsageError(f"{path} was begun with other --seeds: repeat them, or move it away.")
         asked.cut = Cut(**before)
-    elif measure and (costs := _costs(asked, first)):
+    elif measure and (costs := _costs(asked)):
         share, num = fitting(costs, SPENT * seconds_of(budget))
-        asked.cut = replace(first, share=share, num_images=num)
+        asked.cut = replace(asked.cut, share=share, num_images=num)
         total = sum(cost.seconds(share, num) for cost in costs)
         asked.notes.append(f"Forecast for all of it: {total / 60:.1f} minutes.")
     else:
-        asked.cut = first
-        asked.notes.append("What it comes to is measured when it begins.")
-        return False
-    cut, images = asked.cut, asked.cut.num_images
+        asked.notes.append("By how much is measured when it begins; below is all of it.")
+        return
+    cut = asked.cut
+    sides = f"{cut.side(112)}, {cut.side(224)} and {cut.side(448)}"
     asked.notes.append(
-        f"Every stage has {cut.share:.2%} of its epochs (at least one) and at most {images} images"
-        + (f"; crops {cut.side(112)}, {cut.side(224)} and {cut.side(448)} px." if cpu else ".")
+        f"Every stage has {cut.share:.2%} of the paper's epochs, at least one, of at most "
+        f"{cut.num_images} images; crops of 112, 224 and 448 px have {sides}."
     )
-    asked.sheet().write()
-    return True
 
 
-def _costs(asked: Table, cut: Cut) -> list[Cost]:
+def _cut_before(path: Path) -> dict[str, Any] | None:
+    """How a table was cut when it was begun, if it was."""
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] | None = json.loads(path.read_text())["cut"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}): move it and its runs away.") from None
+    return found
+
+
+def _costs(asked: Table) -> list[Cost]:
     """Every stage that is to be run, each measured once; those of all seeds."""
     known: dict[str, Cost] = {}
     costs: dict[str, Cost] = {}
+    trial = replace(asked.cut, num_images=FEWEST_IMAGES)
     for cell in (c for c in asked.cells if not lack(c)):
-        trial = replace(cut, num_images=FEWEST_IMAGES)
-        for name, tables, epochs in stages(cell, trial, asked.images):
-            run, kind = tables["run"], json.dumps(tables)
-            if name in costs:
-                continue
-            if kind not in known:
-                say(f"measuring {run['method']} at {run['resolution']} px on {run['dataset']}")
-                known[kind] = measured(tables, epochs=epochs, images=asked.images[run["dataset"]])
-            costs[name] = replace(known[kind], epochs=epochs)
+        try:
+            for name, tables, epochs in stages(cell, trial, asked.images):
+                run, kind = tables["run"], json.dumps(tables)
+                if kind not in known:
+                    say(f"measuring {run['method']} at {run['resolution']} px on {run['dataset']}")
+                    images = asked.images[run["dataset"]]
+                    known[kind] = measured(tables, epochs=epochs, images=images)
+                costs[name] = replace(known[kind], epochs=epochs)
+        except FastidmmError as problem:
+            asked.problems[cell] = problem
     return list(costs.values()) * asked.seeds
