@@ -106,8 +106,6 @@ def judging_rows(recipe: Recipe, store: Store) -> Store | None:
     Where the device of `store`, the training rows, reads them.
     """
     run = recipe.run
-    if not find("method", run.method).needs_labels:
-        return None
     if run.holdout:
         whole = open_store(folder_of(run.dataset), "train")
         return within_reach(whole.select(split_rows(recipe, whole)[1]), store.device)
@@ -141,6 +139,7 @@ def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:
             resolution=run.resolution,
             num_rows=len(store),
             num_classes=store.num_classes,
+            batch_size=run.batch_size,
         )
     return method
 
@@ -185,7 +184,9 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     method.num_steps = run.epochs * loader.steps_per_epoch
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = adamw(method, recipe.optim, device)
-    judge = judging_rows(recipe, store) if split is None else None
+    # A method may need labels and still learn no classes.
+    judged = split is None and method.classifier() is not None
+    judge = judging_rows(recipe, store) if judged else None
     scaler = Scaler(device) if dtype == torch.float16 else None
     parts = Parts(
         recipe, record, store, method, loader, counters, optimizer, schedule, dtype, judge, scaler
@@ -217,6 +218,7 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     else:
         loaded = load_weights(method.backbone, encoder_weights(source), source=str(source))
         loaded += ", head new"
+        method.begin()
     return f"{loaded}: from {source.parent.parent}"
 
 
@@ -233,7 +235,8 @@ def _load_published(method: Method, name: str) -> str:
 
 def _first_guess(parts: Parts, device: torch.device) -> int:
     """Micro-batches to begin with: on a GPU one, which grows when memory is short."""
-    if device.type == "cuda" or not parts.method.can_be_cut():
+    cheap = parts.method.rows_independent and parts.method.can_be_cut()
+    if device.type == "cuda" or not cheap:
         return 1
     crops = sum(g.count for g in parts.method.views)
     images = min(parts.recipe.run.batch_size, len(parts.store))

@@ -148,9 +148,14 @@ class Method(nn.Module):
     Options: ClassVar[type[Options]]
     # Whether no crop's loss depends on the batch's other crops; see `can_be_cut`.
     rows_independent: ClassVar[bool] = True
+    # Whether the loss is `loss_of(features(batch), batch)`: then it can be cut all the same.
+    features_first: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     # What a recipe's [run] and [optim] have for this method where they say nothing else.
     settings: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Peak rate at 256 images a step, in proportion at others, and warm-up; None: the backbone's.
+    lr_for_256: ClassVar[float | None] = None
+    warmup_epochs: ClassVar[int | None] = None
     clip: ClassVar[float | None] = None  # most that the gradient of one tensor may measure
 
     backbone: nn.Module
@@ -160,13 +165,27 @@ class Method(nn.Module):
     steps_per_epoch: int = 1
 
     def __init__(self, backbone: nn.Module) -> None:
-        """A subclass takes (backbone, options, *, resolution, num_rows, num_classes)."""
+        """A subclass takes (backbone, options, *, resolution, num_rows, num_classes, batch_size).
+
+        Whichever of these it needs.
+        """
         super().__init__()
         self.backbone = backbone
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of a batch; changes no state but BatchNorm statistics."""
         raise NotImplementedError
+
+    def features(self, batch: Batch) -> Tensor:
+        """All that the loss needs of each crop by itself: (C, D)."""
+        raise NotImplementedError
+
+    def loss_of(self, features: Tensor, batch: Batch) -> Loss:
+        """The loss of a whole batch, from the features of its crops."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Told when the student has taken weights of another run: teachers take them over."""
 
     def after_step(self, keep: dict[str, Tensor], step: Tensor, skipped: Tensor) -> None:
         """Move what follows the student, teachers and queues, on the device.
@@ -188,7 +207,8 @@ class Method(nn.Module):
     def can_be_cut(self) -> bool:
         """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""
         norms = (nn.modules.batchnorm._BatchNorm,)
-        return self.rows_independent and not any(isinstance(m, norms) for m in self.modules())
+        apart = self.rows_independent or self.features_first
+        return apart and not any(isinstance(m, norms) for m in self.modules())
 
     def classifier(self) -> nn.Module | None:
         """Images to logits of the classes, from a method that learns them."""

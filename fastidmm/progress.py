@@ -7,7 +7,10 @@ from typing import Any
 
 from fastidmm.batch import Batch
 
-SHOWN = ("loss", "instance_top1", "train_top1", "knn_top1", "holdout_top1", "test_top1")
+SHOWN = (
+    "loss", "instance_top1", "contrast_top1", "teacher_entropy", "train_top1", "knn_top1",
+    "holdout_top1", "test_top1",
+)  # fmt: skip
 SECONDS_BETWEEN_LINES = 60.0
 
 

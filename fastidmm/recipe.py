@@ -59,7 +59,8 @@ class FinetuneOptions(Options):
     epochs: Count = 200
     batch_size: Count = 256
     resolution: Count = 224
-    lr: Annotated[float, Field(gt=0)] | None = None  # unset: the pretraining's
+    # Unset: the pretraining's, or the backbone's after a method that has its own.
+    lr: Annotated[float, Field(gt=0)] | None = None
 
 
 class FinetuneHighOptions(Options):
@@ -113,10 +114,12 @@ class Recipe(BaseModel):
             "knn_every": run.knn_every or max(2, -(-run.epochs // 10)),
             "checkpoint_every": run.checkpoint_every or -(-run.epochs // 20),
         }
+        lr = entry.lr if method.lr_for_256 is None else method.lr_for_256 * run.batch_size / 256
+        warmup = entry.warmup_epochs if method.warmup_epochs is None else method.warmup_epochs
         settled = {
-            "lr": optim.lr or entry.lr,
+            "lr": optim.lr or lr,
             # A short run still spends most of itself beyond the warm-up.
-            "warmup_epochs": min(entry.warmup_epochs, run.epochs / 4)
+            "warmup_epochs": min(warmup, run.epochs / 4)
             if optim.warmup_epochs is None
             else optim.warmup_epochs,
         }

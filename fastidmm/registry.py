@@ -19,7 +19,12 @@ DATASETS = {
     "sin10k": "fastidmm.datasets.sin10k:SIN10k",
 }
 METHODS = {
+    "dino": "fastidmm.methods.dino:DINO",
     "idmm": "fastidmm.methods.idmm:IDMM",
+    "mocov2": "fastidmm.methods.mocov2:MoCoV2",
+    "mocov3": "fastidmm.methods.mocov3:MoCoV3",
+    "simclr": "fastidmm.methods.simclr:SimCLR",
+    "supcon": "fastidmm.methods.supcon:SupCon",
     "supervised": "fastidmm.methods.supervised:Supervised",
 }
 BACKBONES = {

@@ -137,10 +137,16 @@ def finetune_tables(parent: Record, *, pretrained: bool) -> Tables:
     """The recipe of a first fine-tuning stage, from its run's recipe."""
     old = parent.recipe
     settings = old.finetune.model_dump(exclude_none=True)
-    lr = settings.pop("lr", old.optim.lr)
+    # What a method brings for itself is not for fine-tuning, which is the same for all.
+    method = find("method", old.run.method)
+    own = dict(method.settings.get("optim", {}))
+    if method.lr_for_256 is not None:
+        own["lr"] = method.lr_for_256 * old.run.batch_size / 256
+    optim = {key: value for key, value in _optim(old).items() if own.get(key) != value}
+    optim["lr"] = settings.pop("lr", optim.get("lr"))
     if pretrained:
         settings["init"] = os.path.join("..", os.path.relpath(parent.result, parent.folder))
-    return _stage_tables(old, settings, lr, old.supervised)
+    return _stage_tables(old, settings, optim, old.supervised)
 
 
 def high_tables(start: Record) -> Tables:
@@ -148,19 +154,24 @@ def high_tables(start: Record) -> Tables:
     old, run = start.recipe, Record(start.folder.parent).recipe
     settings = run.finetune_high.model_dump(exclude_none=True)
     lr = settings.pop("lr", backbone(old.run.backbone).lr_high)
+    optim = {**_optim(old), "lr": lr}
     settings["epochs"] = settings["epochs"] or FinetuneHighOptions().epochs
     settings["init"] = os.path.join("..", os.path.relpath(start.result, start.folder.parent))
-    return _stage_tables(old, {**settings, "init_head": True}, lr, old.method)
+    return _stage_tables(old, {**settings, "init_head": True}, optim, old.method)
+
+
+def _optim(recipe: Recipe) -> dict[str, Any]:
+    """The table [optim], but for the warm-up, which every stage has its own of."""
+    return recipe.optim.model_dump(exclude={"warmup_epochs"})
 
 
 def _stage_tables(
-    old: Recipe, settings: dict[str, Any], lr: float | None, method: Options
+    old: Recipe, settings: dict[str, Any], optim: dict[str, Any], method: Options
 ) -> Tables:
     kept = old.run.model_dump(include=set(KEPT))
-    optim = old.optim.model_dump(exclude={"warmup_epochs", "lr"})
     return {
         "run": {**kept, **settings, "method": "supervised"},
-        "optim": {**optim, "lr": lr},
+        "optim": optim,
         "backbone": old.backbone.model_dump(),
         "method": method.model_dump(),
         "loader": old.loader.model_dump(),

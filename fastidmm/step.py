@@ -39,18 +39,17 @@ def step(parts: Parts, batch: Batch) -> Stepped:
 
 def backward(parts: Parts, batch: Batch) -> Loss:
     """Gradients of the whole batch, in as many passes as memory asks for."""
-    device = parts.store.device
     parts.counters.step = batch.step
     while True:
         losses = []
         try:
-            for micro in batch.micro(parts.state.micro_batches):
-                if not micro.num_crops:
-                    continue
-                with torch.autocast(device.type, parts.dtype, enabled=parts.dtype != torch.float32):
+            micros = [m for m in batch.micro(parts.state.micro_batches) if m.num_crops]
+            if len(micros) > 1 and parts.method.features_first:
+                return _features_first(parts, batch, micros)
+            for micro in micros:
+                with _autocast(parts):
                     losses.append(parts.method(micro))
-                total = losses[-1].total
-                (total if parts.scaler is None else total * parts.scaler.scale).backward()
+                _scaled(parts, losses[-1].total).backward()
             return _sum(losses)
         except torch.OutOfMemoryError:
             if parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -62,6 +61,38 @@ def backward(parts: Parts, batch: Batch) -> Loss:
         torch.cuda.empty_cache()
         parts.state.micro_batches *= 2
         say(f"memory is short: {parts.state.micro_batches} micro-batches from here on.")
+
+
+def _features_first(parts: Parts, batch: Batch, micros: list[Batch]) -> Loss:
+    """Gradients of a loss that needs all features at once: exact, for one more forward pass.
+
+    Features are made without a graph, then the loss's gradient by them, then features again, whose
+    graphs are small (Gao et al., "Scaling Deep Contrastive Learning Batch Size", 2021).
+    """
+    method = parts.method
+    with torch.no_grad(), _autocast(parts):
+        features = torch.cat([method.features(micro) for micro in micros])
+    features.requires_grad_()
+    with _autocast(parts):
+        loss = method.loss_of(features, batch)
+    _scaled(parts, loss.total).backward()
+    assert features.grad is not None, "a loss of the features has a gradient by them"
+    shares = features.grad.split([micro.num_crops for micro in micros])
+    for micro, share in zip(micros, shares, strict=True):
+        with _autocast(parts):
+            again = method.features(micro)
+        again.backward(share)
+    return Loss(loss.total.detach(), loss.parts, loss.keep)
+
+
+def _autocast(parts: Parts) -> torch.autocast:
+    return torch.autocast(
+        parts.store.device.type, parts.dtype, enabled=parts.dtype != torch.float32
+    )
+
+
+def _scaled(parts: Parts, total: Tensor) -> Tensor:
+    return total if parts.scaler is None else total * parts.scaler.scale
 
 
 def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:

@@ -73,7 +73,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "gradients kept for the next step": ((OPTIM, ADAMW), [("    optimizer.zero_grad(set_to_none=True)\n", "")]),
     "steps made that are not finite": ((OPTIM, SKIPPED), [("scale, skipped.float()", "scale, torch.zeros_like(norm)")]),
     "infinite losses let through": ((OPTIM, SKIPPED), [("~(torch.isfinite(norm) & torch.isfinite(loss))", "~torch.isfinite(norm)")]),
-    "gradient of the last micro-batch": ((STEP, GRADIENT), [("                total = losses[-1].total\n", "                parts.optimizer.zero_grad()\n                total = losses[-1].total\n")]),
+    "gradient of the last micro-batch": ((STEP, GRADIENT), [("                _scaled(parts, losses[-1].total).backward()", "                parts.optimizer.zero_grad()\n                _scaled(parts, losses[-1].total).backward()")]),
     "loss of the last micro-batch": ((STEP, GRADIENT), [("total = torch.stack([loss.total.detach() for loss in losses]).sum()", "total = losses[-1].total.detach()")]),
     "gradients before memory ran out are kept": ((STEP, GRADIENT), [("            parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
     "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep, number, made.skipped)\n", "")]),

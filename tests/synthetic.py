@@ -12,6 +12,11 @@ from fastidmm.registry import find
 from fastidmm.store import Store
 
 Photograph = NDArray[np.uint8]
+# Options of methods whose own heads are too large for a CPU.
+SMALL: dict[str, dict[str, int]] = {
+    "dino": {"out_dim": 48, "hidden": 64},
+    "mocov3": {"hidden": 64},
+}
 
 
 def photograph(high: int, wide: int, seed: int = 0) -> Photograph:
@@ -50,20 +55,26 @@ def small_store(num: int = 7) -> Store:
 
 
 def assembled(
-    method: str, *, num: int = 7, batch_size: int = 7, drop_path: float = 0.2
+    method: str,
+    *,
+    backbone: str = "vit_micro",
+    num: int = 7,
+    batch_size: int = 7,
+    drop_path: float = 0.2,
 ) -> tuple[Method, Resident]:
-    """A method over `vit_micro` at 32 px, and the loader that feeds it."""
+    """A method over a backbone at 32 px, and the loader that feeds it."""
     store, counters = small_store(num), Counters(seed=1)
     options = BackboneOptions(drop_path=drop_path)
-    encoder = build_encoder("vit_micro", options, resolution=32, counters=counters)
+    encoder = build_encoder(backbone, options, resolution=32, counters=counters)
     kind = find("method", method)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         built: Method = kind(
             encoder,
-            kind.Options(),
+            kind.Options(**SMALL.get(method, {})),
             resolution=32,
             num_rows=len(store),
             num_classes=store.num_classes,
+            batch_size=batch_size,
         )
     return built.train(), Resident(store, built, counters, batch_size=batch_size)

@@ -13,6 +13,11 @@ from fastidmm.batch import Batch, Loss, Method, Views, forward_groups
 from fastidmm.registry import METHODS
 
 every_method = pytest.mark.parametrize("name", list(METHODS))
+# Of 14 crops at temperature 1/2, likes at one place and all others opposite: no loss is below.
+LEAST = {
+    "simclr": math.log(1 + 12 * math.exp(-4)),
+    "supcon": (6 * math.log(5 + 8 * math.exp(-4)) + 8 * math.log(3 + 10 * math.exp(-4))) / 14,
+}
 
 
 def gradients(method: Method, losses: list[Tensor]) -> Tensor:
@@ -73,20 +78,30 @@ def test_a_batch_can_be_learnt(name: str) -> None:
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = method(batch).total
-        loss.backward()
+        loss = method(batch)
+        loss.total.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        # Less than the teacher's own entropy no student can have.
+        losses.append(float(loss.total.detach() - loss.parts.get("teacher_entropy", 0)))
     # CutMix leaves IDMM the entropy of its mixed targets, at least; most of it must go.
-    assert losses[-1] < 0.6 * losses[0], losses
+    least = LEAST.get(name, 0.0)
+    assert losses[-1] - least < 0.6 * (losses[0] - least), losses
 
 
 @every_method
-def test_parameters_are_all_trained_and_decayed_alike(name: str) -> None:
+def test_parameters_are_all_trained_once(name: str) -> None:
+    """But for teachers; and decayed alike, but for DINO's."""
     method, _ = assembled(name)
-    (group,) = method.param_groups()
-    assert group.keys() == {"params"}
-    assert len(group["params"]) == len(list(method.parameters()))
+    groups = method.param_groups()
+    held = [id(p) for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in method.parameters() if p.requires_grad}
+    assert name == "dino" or [group.keys() for group in groups] == [{"params"}]
+    own = [n for n, p in method.named_parameters() if not p.requires_grad]
+    frozen = {"backbone.model.patch_embed.proj.weight", "backbone.model.patch_embed.proj.bias"}
+    assert {n for n in own if not n.startswith("teacher.")} == (
+        frozen if name == "mocov3" else set()
+    )
     assert method.backbone_for_export() is method.backbone
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import SMALL
 
 from fastidmm import checkpoint
 from fastidmm.recipe import Recipe
@@ -25,7 +26,9 @@ def recipe(**changes: Any) -> Recipe:
         "checkpoint_every": 1, **changes,
     }  # fmt: skip
     finetune = {"resolution": 16, "epochs": 7, "batch_size": 8}
-    return Recipe.of({"run": run, "backbone": {"drop_path": 0.3}, "finetune": finetune})
+    method = SMALL.get(str(changes.get("method")), {})
+    tables = {"run": run, "backbone": {"drop_path": 0.3}, "method": method, "finetune": finetune}
+    return Recipe.of(tables)
 
 
 def losses(folder: Path) -> list[float]:

@@ -15,6 +15,7 @@ from fastidmm import checkpoint
 from fastidmm.assemble import training_rows
 from fastidmm.errors import DataError, FastidmmError, UsageError
 from fastidmm.record import RECIPE, Record, stages
+from fastidmm.registry import find
 from fastidmm.reporting.claims import measures, percent, verdict
 from fastidmm.reporting.commands import Stage, again, argument, missing
 from fastidmm.reporting.curves import Series, chart
@@ -27,6 +28,8 @@ REPORT = "report.html"
 CURVES = (
     ("Pretraining loss", "loss", ""),
     ("Instance top-1: images recognised as themselves", "instance_top1", " %"),
+    ("Contrast top-1: crops whose nearest other attracts them", "contrast_top1", " %"),
+    ("Entropy of the teacher's probabilities, nats", "teacher_entropy", ""),
     ("Training top-1", "train_top1", " %"),
     ("kNN on training labels, leave-one-out", "knn_top1", " %"),
 )
@@ -85,6 +88,7 @@ def _facts(stage: Stage) -> dict[str, Any]:
     return {
         "stage": stage,
         "run": stage.record.recipe.run,
+        "learns_labels": find("method", stage.record.recipe.run.method).needs_labels,
         "data": data,
         "evaluation": evaluation,
         "measures": measures(scores) if scores else [],

@@ -35,6 +35,11 @@ PRETRAIN = (
     "--epochs 4 --set run.checkpoint_every=1 --set finetune.resolution=16 "
     "--set backbone.drop_path=0.3"
 )
+# Heads that fit a CPU.
+SMALL = {
+    "dino": " --set method.out_dim=48 --set method.hidden=64",
+    "mocov3": " --set method.hidden=64",
+}
 TUNE = "finetune --run run --batch-size 8 --set run.checkpoint_every=1 --set run.score_every=1"
 
 
@@ -48,7 +53,10 @@ class Case:
 
 
 CASES = {
-    **{f"pretrain {name}": Case(f"{PRETRAIN} --method {name}") for name in METHODS},
+    **{
+        f"pretrain {name}": Case(f"{PRETRAIN} --method {name}{SMALL.get(name, '')}")
+        for name in METHODS
+    },
     "loader torch": Case(f"{PRETRAIN} --loader torch"),
     "finetune": Case(f"{TUNE} --epochs 3", f"{RUN}/finetune-16", "pretrain idmm"),
     "finetune high": Case(

@@ -1,0 +1,47 @@
+"""Every registered method on every registered backbone, and its golden losses on the smallest."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import assembled
+from toy_runs import RUN, losses, recipe
+
+from fastidmm import stages
+from fastidmm.registry import BACKBONES, METHODS
+
+GOLDEN = Path(__file__).parent / "golden"
+# Smaller ones of their families stand for these, which take seconds a step: of a backbone, a method
+# sees no more than how wide its features are.
+LARGE = ("deit_base", "pvtv2_b3")
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name not in LARGE])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
+    method, loader = assembled(name, backbone=backbone, num=3, batch_size=3, drop_path=0.0)
+    batch = loader.batch(0)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=5e-4, fused=True)
+    found = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = method(batch).total
+        loss.backward()
+        gradients = [p.grad for p in method.backbone.parameters() if p.requires_grad]
+        assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+        optimizer.step()
+        found.append(loss.item())
+    assert all(map(math.isfinite, found)) and found[-1] < found[0], found
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "idmm"])
+def test_twenty_golden_losses_of_every_method(name: str, toy: str) -> None:
+    """As `test_golden_losses`, which has IDMM's and how to change them."""
+    stages.pretrain(recipe(method=name), "run")
+    found, path = losses(RUN)[:20], GOLDEN / f"{name}_vit_micro.txt"
+    if os.environ.get("FASTIDMM_WRITE_GOLDEN"):
+        path.write_text("".join(f"{loss:.6f}\n" for loss in found))
+    golden = [float(line) for line in path.read_text().split()]
+    assert len(golden) == 20 and found == pytest.approx(golden, rel=1e-4)
