@@ -19,12 +19,14 @@ from fastidmm.machine import device_of
 from fastidmm.progress import Clock
 from fastidmm.recipe import Recipe, Tables
 from fastidmm.record import Record
+from fastidmm.train import save
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-tuning
 FEWEST_IMAGES = 128
 ONE_EPOCH = 1 / 800
 SPENT = 0.85  # of the budget: what a machine shares with others varies
+CHECKPOINTS = 3  # of a stage that is cut: before, amid and after its epochs
 STEPS = {"cpu": (2, 3), "cuda": (8, 20)}  # before the timed ones, until captured, and timed
 
 
@@ -110,8 +112,11 @@ def measured(tables: Tables, *, epochs: int, images: int) -> Cost:
         began = time.perf_counter()
         model, side = parts.method.backbone_for_export(), recipe.run.resolution
         outputs(model, seen, resolution=side, dtype=parts.dtype)
-        look = (time.perf_counter() - began) / len(seen) * len(judge)
-    return Cost(epochs, images, per_image, fixed + look)
+        fixed += (time.perf_counter() - began) / len(seen) * len(judge)
+        began = time.perf_counter()
+        save(parts, Clock())
+        fixed += CHECKPOINTS * (time.perf_counter() - began)
+    return Cost(epochs, images, per_image, fixed)
 
 
 def _wait(device: torch.device) -> None:

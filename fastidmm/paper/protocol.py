@@ -96,7 +96,8 @@ def _pretraining(cell: Cell) -> Tables:
             changes |= RUNGS[rung]
         return with_settings(read_tables("ablation"), changes, [])
     tables = read_tables("paper")
-    tables["finetune"]["epochs"] = cell.epochs
+    if cell.source == cell.dataset:  # or else many that are tuned otherwise go on from it
+        tables["finetune"]["epochs"] = cell.epochs
     if cell.method != "idmm":  # views, rate, decay and batch are the method's own
         del tables["method"], tables["optim"], tables["run"]["batch_size"]
         tables["run"]["method"] = cell.method
@@ -148,7 +149,7 @@ def _shortened(tables: Tables, cut: Cut, available: int) -> Tables:
     run["num_images"] = fewer
     # Looks and checkpoints would take a short run longer than its steps do.
     run["knn_every"] = run["score_every"] = run["epochs"]
-    run["checkpoint_every"] = -(-run["epochs"] // 4)
+    run["checkpoint_every"] = -(-run["epochs"] // 2)
     num = fewer or available
     if num <= (STEPS_AN_EPOCH - 1) * 256:
         batch = max(SMALLEST_BATCH, num // STEPS_AN_EPOCH)
