@@ -204,6 +204,10 @@ class Method(nn.Module):
         """Parameters that stay as they are in an epoch, from 0."""
         return []
 
+    def guessing(self) -> float | None:
+        """The loss of who cannot tell anything apart; None: not known."""
+        return None
+
     def can_be_cut(self) -> bool:
         """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""
         norms = (nn.modules.batchnorm._BatchNorm,)

@@ -5,12 +5,13 @@ torch is imported inside commands only, so that `--help` is instant.
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fastidmm import cli_paper
 from fastidmm.cli_bench import bench
+from fastidmm.cli_paper import compare, reproduce
+from fastidmm.cli_plan import plan
 from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
     BackboneOption,
@@ -33,10 +34,10 @@ from fastidmm.options import (
     SeedOption,
     SetOption,
     answer,
+    note,
+    recipe_of,
+    recipe_settings,
 )
-
-if TYPE_CHECKING:
-    from fastidmm.recipe import Recipe
 
 app = typer.Typer(
     name="fastidmm",
@@ -48,11 +49,6 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
-
-
-def recipe_settings(**flags: Any) -> dict[str, Any]:
-    """Flags as keys of the recipe's table `[run]`."""
-    return {f"run.{name}": value for name, value in flags.items()}
 
 
 @app.command()
@@ -105,18 +101,7 @@ def prepare(
     return answer(summary.as_dict(), as_json, lambda: "\n".join(summary.lines()))
 
 
-def _recipe(
-    recipe: str | None, settings: dict[str, Any], assignments: list[str] | None
-) -> "Recipe":
-    """The recipe that flags and `--set` ask for; without a dataset, of the last prepared."""
-    from fastidmm.recipe import Recipe, read_tables, with_settings
-    from fastidmm.store import current
-
-    tables = with_settings(read_tables(recipe) if recipe else {}, settings, assignments or [])
-    if "dataset" not in tables.setdefault("run", {}):
-        tables["run"]["dataset"] = current()
-        _note(f"dataset {tables['run']['dataset']!r}, the one prepared last")
-    return Recipe.of(tables)
+app.command()(plan)
 
 
 @app.command()
@@ -150,7 +135,7 @@ def pretrain(
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
         precision=precision, exact=exact, holdout=holdout, init=init,
     )  # fmt: skip
-    found = stages.pretrain(_recipe(recipe, settings, assignments), run)
+    found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
 
 
@@ -254,7 +239,7 @@ def run_all(
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
         precision=precision, exact=exact, holdout=holdout,
     )  # fmt: skip
-    found = run_all_stages(_recipe(recipe, settings, assignments), run)
+    found = run_all_stages(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")
 
 
@@ -296,7 +281,8 @@ def verify(
     verifying.settle(found)
 
 
-cli_paper.add_to(app)
+app.command()(reproduce)
+app.command()(compare)
 
 
 @app.command("list")
@@ -334,7 +320,7 @@ def _run(name: str | None) -> Path:
 
     folder = existing_run(name)
     if name is None:
-        _note(f"run {folder}, the newest")
+        note(f"run {folder}, the newest")
     return folder
 
 
@@ -353,10 +339,6 @@ def _finished(found: dict[str, Any], following: str) -> str:
     first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
     first = ", ".join([first, *numbers])
     return "\n".join([first, *([f"next: {following}"] if following else [])])
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def main() -> None:

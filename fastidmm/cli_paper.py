@@ -47,9 +47,3 @@ def compare(
 
     found = comparing.compare([existing_run(name) for name in runs])
     answer(found, as_json, lambda: comparing.as_text(found))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add both commands."""
-    app.command()(reproduce)
-    app.command()(compare)

@@ -1,11 +1,15 @@
 """Flags that several commands share, and how a command answers."""
 
 import json
+import sys
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fastidmm.recipe import Recipe
 
 
 class Format(StrEnum):
@@ -53,3 +57,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
     """Print to stdout what was asked for."""
     print(json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text())
+
+
+def recipe_settings(**flags: Any) -> dict[str, Any]:
+    """Flags as keys of the recipe's table `[run]`."""
+    return {f"run.{name}": value for name, value in flags.items()}
+
+
+def recipe_of(
+    recipe: str | None, settings: dict[str, Any], assignments: list[str] | None
+) -> "Recipe":
+    """The recipe that flags and `--set` ask for; without a dataset, of the last prepared."""
+    from fastidmm.recipe import Recipe, read_tables, with_settings
+    from fastidmm.store import current
+
+    tables = with_settings(read_tables(recipe) if recipe else {}, settings, assignments or [])
+    if "dataset" not in tables.setdefault("run", {}):
+        tables["run"]["dataset"] = current()
+        note(f"dataset {tables['run']['dataset']!r}, the one prepared last")
+    return Recipe.of(tables)
+
+
+def note(message: str) -> None:
+    """A line that is no answer, to stderr."""
+    print(message, file=sys.stderr, flush=True)

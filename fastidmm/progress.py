@@ -2,10 +2,13 @@
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastidmm.batch import Batch
+from fastidmm.watch import Watch
 
 SHOWN = (
     "loss", "instance_top1", "contrast_top1", "teacher_entropy", "train_top1", "knn_top1",
@@ -17,15 +20,18 @@ SECONDS_BETWEEN_LINES = 60.0
 class Progress:
     """Rate, data-wait and quality of a run, from the metric lines it writes."""
 
-    def __init__(self, name: str, *, epochs: int, steps: int, done: int) -> None:
+    def __init__(self, name: str, watch: Watch, *, epochs: int, steps: int, done: int) -> None:
         self.name, self.epochs, self.steps, self.first = name, epochs, steps, done
+        self.watch = watch
         self.began = time.perf_counter()
         self.shown = self.began
         self.live = sys.stderr.isatty()
         self.kept: dict[str, Any] = {}
 
     def show(self, line: dict[str, Any]) -> None:
-        """Take in a metric line, and show it where it is time to."""
+        """Take in a metric line, and show it where it is time to; warn where nothing is learnt."""
+        for sentence in self.watch.see(line):
+            say(sentence)
         self.kept.update({key: line[key] for key in SHOWN if line.get(key) is not None})
         now = time.perf_counter()
         last = line["step"] == self.steps
@@ -72,6 +78,7 @@ class Clock:
     def __init__(self) -> None:
         self.images, self.waited = 0, 0.0
         self.since = self.lapped = time.perf_counter()
+        self.apart: defaultdict[str, list[float]] = defaultdict(list)  # seconds of what is no step
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, its waiting time noted."""
@@ -87,12 +94,21 @@ class Clock:
             "images_per_second": round(self.images / spent, 2),
             "data_wait": round(self.waited / spent, 4),
         }
-        self.restart()
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
         return rates
 
-    def restart(self) -> None:
-        """Measure from here on: what went before was no training, or is told already."""
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+    @contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """Keep the time of a look or a checkpoint out of the rates, and by itself."""
+        began = time.perf_counter()
+        yield
+        self.apart[what].append(time.perf_counter() - began)
+        self.since += self.apart[what][-1]
+
+    @property
+    def seconds_apart(self) -> float:
+        """Of all that was no step."""
+        return sum(map(sum, self.apart.values()))
 
     def lap(self) -> float:
         """Seconds since the last lap."""

@@ -26,15 +26,19 @@ def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """What `evaluate` finds after all stages, and where the report is."""
     if recipe.run.dataset == "demo":
         prepare_demo()
-    # What cannot be done is said before the first hour, not after it; no test file is opened.
-    check_labels(training_rows(recipe), recipe.run.dataset)
-    check_split(recipe.run.dataset)
-    check_resolution(recipe.run.backbone, recipe.finetune.resolution)
-    if recipe.finetune_high.epochs:
-        check_resolution(recipe.run.backbone, recipe.finetune_high.resolution)
+    check(recipe)
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)
     if recipe.finetune_high.epochs:
         finetune(folder, {"run.resolution": recipe.finetune_high.resolution}, [])
     return {**evaluate(folder), "report": str(write(folder))}
+
+
+def check(recipe: Recipe) -> None:
+    """Say what cannot be done before the first hour, not after it; no test file is opened."""
+    check_labels(training_rows(recipe), recipe.run.dataset)
+    check_split(recipe.run.dataset)
+    check_resolution(recipe.run.backbone, recipe.finetune.resolution)
+    if recipe.finetune_high.epochs:
+        check_resolution(recipe.run.backbone, recipe.finetune_high.resolution)

@@ -34,8 +34,8 @@ def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     return _trained(folder, recipe)
 
 
-def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Train a recipe in a new folder; what came out. What cannot be done is said before."""
+def begun(folder: Path, recipe: Recipe) -> Record:
+    """The record of a recipe in a new folder. What cannot be done is said before."""
     store = training_rows(recipe)
     recipe, why = settled(recipe, store, device_of(recipe.run.device))
     if why:
@@ -43,14 +43,19 @@ def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
     find("loader", recipe.run.loader).check(store)
     method = build_method(recipe, store, Counters(recipe.run.seed))
     initialise(method, folder, recipe)
-    record = Record.create(folder, recipe, store)
+    return Record.create(folder, recipe, store)
+
+
+def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train a recipe in a new folder; what came out."""
+    record = begun(folder, recipe)
     try:
-        train(record)
+        told = train(record)
     except (UsageError, DataError):
         if not record.checkpoints.exists():  # what never began would be in the way
             shutil.rmtree(folder)
         raise
-    return summary(record)
+    return summary(record) | told
 
 
 def finetune(
@@ -204,6 +209,5 @@ def summary(record: Record) -> dict[str, Any]:
 def resume(run: Path) -> list[dict[str, Any]]:
     """Go on with whatever of a run is not finished: itself, then its stages."""
     records = [Record(folder) for folder in (run, *stages(run))]
-    for record in records:
-        train(record)
-    return [summary(record) for record in records]
+    told = [train(record) for record in records]
+    return [summary(record) | of_it for record, of_it in zip(records, told, strict=True)]

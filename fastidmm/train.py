@@ -1,7 +1,7 @@
 """The loop: batch, step, record; from step 0 or from a checkpoint to the same bits."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -12,21 +12,26 @@ from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
+from fastidmm.forecast import Course, Outlook
 from fastidmm.interrupt import Left, Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
+from fastidmm.watch import Watch, spread
 
 MEMORY_OF_STRIKES = 100  # steps
 
 
-def train(record: Record) -> None:
-    """Train what the record's recipe says, from its newest checkpoint, to the end."""
+def train(record: Record) -> dict[str, float]:
+    """Train what the record's recipe says, from its newest checkpoint, to the end.
+
+    What was forecast of its seconds, once it had begun, and what they came to.
+    """
     record.check()
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
-        return
+        return {}
     try:
         with record.locked(), stoppable() as stop:
             parts = assemble(record)
@@ -36,7 +41,8 @@ def train(record: Record) -> None:
                 say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
             if len(parts.store) < run.batch_size:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
-            while not attempted(parts, stop):
+            outlook = Outlook(course_of(parts), sum(g.count for g in parts.method.views))
+            while not attempted(parts, stop, outlook):
                 roll_back(parts)
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
@@ -45,6 +51,7 @@ def train(record: Record) -> None:
             if stop.requested:
                 at = f"stopped at step {parts.state.step}"
                 raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
+            return outlook.told
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
@@ -52,14 +59,30 @@ def train(record: Record) -> None:
         ) from None
 
 
-def attempted(parts: Parts, stop: Stop) -> bool:
+def course_of(parts: Parts) -> Course:
+    """How many steps, looks and checkpoints the recipe means."""
+    run, every = parts.recipe.run, Cadence.of(parts)
+    return Course(
+        len(parts.store),
+        run.batch_size,
+        run.epochs,
+        knn=every.knn if parts.store.num_classes > 1 else 0,
+        score=every.score if parts.judge is not None else 0,
+        checkpoint=every.checkpoint,
+    )
+
+
+def attempted(parts: Parts, stop: Stop, outlook: Outlook) -> bool:
     """Whether the run was brought to its end or stopped; false: it must roll back."""
     clock = Clock()
+    outlook.restart(parts.state.step)
     with closing(stepped(parts, clock)) as coming:
-        return steps(parts, stop, coming, clock)
+        return steps(parts, stop, coming, clock, outlook)
 
 
-def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> bool:
+def steps(
+    parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock, outlook: Outlook
+) -> bool:
     """Steps until the run is done or asked to stop (true), or must roll back (false)."""
     state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
     device = parts.store.device
@@ -67,8 +90,10 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
     skipped_since = torch.full((), state.skipped, device=device)
     if state.step == 0:
         save(parts, clock)
+    warmed_up = parts.recipe.optim.warmup_epochs or 0
+    watch = Watch(method.guessing(), warmed_up * parts.loader.steps_per_epoch)
     progress = Progress(
-        record.folder.name, epochs=run.epochs, steps=record.total_steps, done=state.step
+        record.folder.name, watch, epochs=run.epochs, steps=record.total_steps, done=state.step
     )
     method.train()
     total = record.total_steps
@@ -92,15 +117,19 @@ def steps(parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock) -> 
         best = state.best_step == state.step
         asked = stop.requested  # once: a signal from here on is heard after the next step
         keep = done or best or asked or every.due(state.step, every.checkpoint)
+        lines = record.flush(wait=keep)
         left = [state.line] if state.line else []
-        if strikes(parts, record.flush(wait=keep) + left, progress):
+        if strikes(parts, lines + left, progress):
             return False
+        outlook.arrived(lines, clock)
         if keep:
             state.skipped = float(skipped_since)
             save(parts, clock)
         if asked:
             progress.close()
             break
+    if state.step == total:
+        outlook.end()
     return True
 
 
@@ -168,7 +197,17 @@ def save(parts: Parts, clock: Clock) -> None:
         checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer, parts.scaler),
     }
     values = {name: getattr(state, name) for name in State.__slots__}
-    checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
+    with beside(parts, clock, "checkpoint"):
+        checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
+
+
+@contextmanager
+def beside(parts: Parts, clock: Clock, what: str) -> Iterator[None]:
+    """Time what is no step, once the device has made the steps before it."""
+    if parts.store.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    with clock.beside(what):
+        yield
 
 
 def restore(parts: Parts) -> None:
@@ -193,22 +232,26 @@ def looks(
     parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool
 ) -> dict[str, float]:
     """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
-    found, step = {}, parts.state.step
+    found: dict[str, float] = {}
+    step = parts.state.step
     if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
-        found["knn_top1"] = online_knn(parts, stop)
+        with beside(parts, clock, "knn"):
+            found |= online_knn(parts, stop)
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
-        judged = classified(parts, parts.judge, stop)
+        with beside(parts, clock, "score"):
+            judged = classified(parts, parts.judge, stop)
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
         if split == "holdout":
             keep_best(parts, judged.value)
-    if found:
-        clock.restart()
     return found
 
 
-def online_knn(parts: Parts, stop: Stop) -> float:
-    """Leave-one-out kNN top-1 on the training labels; the test split is never looked at."""
+def online_knn(parts: Parts, stop: Stop) -> dict[str, float]:
+    """Leave-one-out kNN top-1 on the training labels, and how far images' features are apart.
+
+    The test split is never looked at.
+    """
     store, run = parts.store, parts.recipe.run
     features = outputs(
         parts.method.backbone_for_export(),
@@ -218,7 +261,7 @@ def online_knn(parts: Parts, stop: Stop) -> float:
         stop=stop,
     )
     found = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
-    return score(found, store.label).value
+    return {"knn_top1": score(found, store.label).value, "spread": spread(features)}
 
 
 def classified(parts: Parts, store: Store, stop: Stop) -> Score:

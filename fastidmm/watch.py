@@ -1,36 +1,40 @@
 """Sees from metric lines that a run learns nothing, and says so once."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-STEPS = 50  # that the loss must have stood there
+from torch import Tensor
+
+STEPS = 50  # over which the mean of the loss counts
 MARGIN = 1e-3  # of what guessing costs
 LEAST_SPREAD = 1e-3  # of features about their mean, as a share of their length
 
 
 class Watch:
-    """The two ways to collapse: a loss that stays where guessing puts it, features all alike."""
+    """The two ways to collapse: a loss no lower than guessing puts it, features all alike."""
 
     def __init__(self, guessing: float | None, warmed_up: float) -> None:
         """`guessing`: the loss of who cannot tell anything apart; `warmed_up`: a step."""
         self.guessing, self.warmed_up = guessing, warmed_up
-        self._since: int | None = None  # the first step of those at chance
+        self._last: deque[tuple[int, float]] = deque()  # steps and losses
         self._said: set[str] = set()
 
     def see(self, line: dict[str, Any]) -> Iterator[str]:
         """A metric line; what there is to say of it."""
         step, loss = line["step"], line["loss"]
         if self.guessing is not None and loss is not None and step > self.warmed_up:
-            if abs(loss - self.guessing) > MARGIN * self.guessing:
-                self._since = None
-            elif self._since is None:
-                self._since = step
-            elif step - self._since >= STEPS:
+            self._last.append((step, loss))
+            while len(self._last) > 1 and step - self._last[1][0] >= STEPS:
+                self._last.popleft()
+            mean = sum(each for _, each in self._last) / len(self._last)
+            full = step - self._last[0][0] >= STEPS
+            if full and mean > (1 - MARGIN) * self.guessing:
                 yield from self._once(
                     "loss",
-                    f"step {step}: the loss has been {loss:.3f} for {step - self._since} steps, "
-                    "what guessing comes to: nothing is learnt. Try a higher --set optim.lr, or "
-                    "larger crops and less mixing.",
+                    f"step {step}: for {STEPS} steps the loss has been {mean:.3f}, no lower than "
+                    f"guessing's {self.guessing:.3f}: nothing is learnt. Try another "
+                    "--set optim.lr, or larger crops and less mixing.",
                 )
         spread = line.get("spread")
         if spread is not None and spread < LEAST_SPREAD:
@@ -45,3 +49,10 @@ class Watch:
         if kind not in self._said:
             self._said.add(kind)
             yield f"warning: {sentence}"
+
+
+def spread(features: Tensor) -> float:
+    """How far features (N, D) lie from their mean, as a share of their length: 0 to 1."""
+    lengths = features.double().square().sum(dim=1).mean().sqrt()
+    apart = (features - features.mean(dim=0)).double().square().sum(dim=1).mean().sqrt()
+    return float(apart / lengths) if lengths else 0.0

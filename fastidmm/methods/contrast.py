@@ -5,6 +5,7 @@ Sources: Chen et al., "A Simple Framework for Contrastive Learning", ICML 2020; 
 both; Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020, for the views.
 """
 
+import math
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -39,9 +40,17 @@ class Contrast(Method):
     }
 
     def __init__(
-        self, backbone: nn.Module, options: ContrastOptions, *, resolution: int, **_: int
+        self,
+        backbone: nn.Module,
+        options: ContrastOptions,
+        *,
+        resolution: int,
+        num_rows: int,
+        batch_size: int,
+        **_: int,
     ) -> None:
         super().__init__(backbone)
+        self.num_crops = 2 * min(batch_size, num_rows)
         self.temperature = options.temperature
         width = int(backbone.num_features)  # type: ignore[arg-type]
         # As SupContrast's: without BatchNorm, the hidden layer as wide as the features.
@@ -67,6 +76,10 @@ class Contrast(Method):
     def kinds(self, views: Views) -> Tensor:
         """What is alike in crops that attract each other: (C,) int64."""
         raise NotImplementedError
+
+    def guessing(self) -> float:
+        """Every other crop of a full batch as near as any."""
+        return math.log(self.num_crops - 1)
 
     def forward(self, batch: Batch) -> Loss:
         """The mean over crops of the contrastive loss, in float32."""

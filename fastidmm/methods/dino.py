@@ -92,6 +92,10 @@ class DINO(Taught):
             *[view(resolution, small, blur=0.5, interpolation="bicubic")] * options.num_local,
         ]
 
+    def guessing(self) -> float:
+        """Every class as likely as any other, whatever the teacher says."""
+        return math.log(self.options.out_dim)
+
     def forward(self, batch: Batch) -> Loss:
         """The mean over images and pairs of different views of the cross-entropy."""
         groups, total = batch.groups, batch.groups[0].total

@@ -3,6 +3,7 @@
 Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 2022.
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -84,6 +85,10 @@ class IDMM(Method):
             mix="cutmix" if options.cutmix else "none",
             alpha=options.cutmix_alpha,
         )
+
+    def guessing(self) -> float:
+        """Every image as likely as any other, for each group of crops."""
+        return len(self.views) * math.log(self.head.out_features)
 
     def forward(self, batch: Batch) -> Loss:
         """The sum of the groups' means: a large crop weighs num_small / num_large small ones."""

@@ -4,6 +4,7 @@ Source: Chen, Fan, Girshick, He, "Improved Baselines with Momentum Contrastive L
 Keys are a teacher's in evaluation mode, which no other crop has a part in: nothing is shuffled.
 """
 
+import math
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -65,6 +66,10 @@ class MoCoV2(Taught):
         self.register_buffer("queue", normalize(torch.randn(size, 128)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
         self.views = [view(resolution, options.scale, blur=0.5, saturation=0.4) for _ in range(2)]
+
+    def guessing(self) -> float:
+        """Every key as near as any."""
+        return math.log(1 + len(self.queue))
 
     def forward(self, batch: Batch) -> Loss:
         """Cross-entropy of the positive among all keys, the mean over images."""

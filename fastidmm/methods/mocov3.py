@@ -5,6 +5,7 @@ Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Tr
 own here. The projection that makes patches into tokens keeps its first weights.
 """
 
+import math
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
@@ -60,9 +61,17 @@ class MoCoV3(Taught):
     }
 
     def __init__(
-        self, backbone: nn.Module, options: MoCoV3Options, *, resolution: int, **_: int
+        self,
+        backbone: nn.Module,
+        options: MoCoV3Options,
+        *,
+        resolution: int,
+        num_rows: int,
+        batch_size: int,
+        **_: int,
     ) -> None:
         super().__init__(backbone)
+        self.num_keys = min(batch_size, num_rows)
         self.temperature, self.momentum = options.temperature, options.momentum
         width, hidden = int(backbone.num_features), options.hidden  # type: ignore[arg-type]
         self.projector = head(width, hidden, hidden, 256)
@@ -74,6 +83,10 @@ class MoCoV3(Taught):
             view(resolution, options.scale, blur=1.0),
             view(resolution, options.scale, blur=0.1, solarize=0.2),
         ]
+
+    def guessing(self) -> float:
+        """Every key of a full batch as near as any."""
+        return 4 * self.temperature * math.log(self.num_keys)
 
     def forward(self, batch: Batch) -> Loss:
         """Both directions' cross-entropies of the positive, times twice the temperature."""

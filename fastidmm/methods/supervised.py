@@ -3,6 +3,7 @@
 Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 2022, and its code.
 """
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -66,6 +67,10 @@ class Supervised(Method):
                 alpha=options.mix_alpha,
             )
         ]
+
+    def guessing(self) -> float:
+        """Every class as likely as any other."""
+        return math.log(self.head.out_features)
 
     def forward(self, batch: Batch) -> Loss:
         """The mean over crops of the smoothed cross-entropy: instance loss with labels for rows."""

@@ -1,25 +1,14 @@
 """How much of the paper's protocol a machine does in a given time, measured before it begins."""
 
 import re
-import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from fastidmm.assemble import assemble, training_rows
-from fastidmm.capture import stepped
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import outputs
-from fastidmm.loaders.choose import settled
-from fastidmm.machine import device_of
-from fastidmm.progress import Clock
 from fastidmm.recipe import Recipe, Tables
-from fastidmm.record import Record
-from fastidmm.train import save
+from fastidmm.trial import tried
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-tuning
@@ -27,7 +16,6 @@ FEWEST_IMAGES = 128
 ONE_EPOCH = 1 / 800
 SPENT = 0.85  # of the budget: what a machine shares with others varies
 CHECKPOINTS = 3  # of a stage that is cut: before, amid and after its epochs
-STEPS = {"cpu": (2, 3), "cuda": (8, 20)}  # before the timed ones, until captured, and timed
 
 
 def seconds_of(budget: str) -> float:
@@ -89,36 +77,11 @@ def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def measured(tables: Tables, *, epochs: int, images: int) -> Cost:
-    """A few steps of a run with these tables, and one look at the images it is scored on."""
-    recipe = Recipe.of(tables)
-    began = time.perf_counter()
-    with TemporaryDirectory() as place:
-        store = training_rows(recipe)
-        recipe, _ = settled(recipe, store, device_of(recipe.run.device))
-        parts = assemble(Record.create(Path(place) / "trial", recipe, store))
-        parts.method.train()
-        before, timed = STEPS[parts.store.device.type]
-        with closing(stepped(parts, Clock())) as coming:
-            for _ in range(before):
-                next(coming)
-            _wait(parts.store.device)
-            fixed = time.perf_counter() - began
-            began = time.perf_counter()
-            num = sum(next(coming).num_images for _ in range(timed))
-            _wait(parts.store.device)
-            per_image = (time.perf_counter() - began) / num
-        judge = parts.store if parts.judge is None else parts.judge
-        seen = judge.select(torch.arange(min(len(judge), 64), device=judge.device))
-        began = time.perf_counter()
-        model, side = parts.method.backbone_for_export(), recipe.run.resolution
-        outputs(model, seen, resolution=side, dtype=parts.dtype)
-        fixed += (time.perf_counter() - began) / len(seen) * len(judge)
-        began = time.perf_counter()
-        save(parts, Clock())
-        fixed += CHECKPOINTS * (time.perf_counter() - began)
-    return Cost(epochs, images, per_image, fixed)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """What a stage with these tables costs, by some of its steps, a look and a checkpoint."""
+    place = Path("runs") if Path("runs").is_dir() else Path()
+    with TemporaryDirectory(prefix=".trial-", dir=place) as work:
+        found = tried(Path(work) / "trial", Recipe.of(tables))
+    costs = found.costs
+    fixed = found.opening + found.warm_up + costs.knn + costs.score
+    per_image = costs.full / found.course.batch
+    return Cost(epochs, images, per_image, fixed + CHECKPOINTS * costs.checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def _bare(recipe: Recipe) -> dict[str, Any]:
 
 def cut_short(asked: Table, budget: str, *, measure: bool) -> None:
     """Cut a table to its budget: as it was begun, or else as steps on this machine suggest."""
-    cpu = device_of("auto").type == "cpu"
+    began, cpu = time.perf_counter(), device_of("auto").type == "cpu"
     if cpu:
         asked.cells = unpublished(asked.cells, backbone=CPU_BACKBONE)
     asked.cut = Cut(suffix=budget, scale=CPU_SCALE if cpu else 1.0)
@@ -245,7 +246,8 @@ def cut_short(asked: Table, budget: str, *, measure: bool) -> None:
             raise UsageError(f"{path} was begun with other --seeds: repeat them, or move it away.")
         asked.cut = Cut(**before)
     elif measure and (costs := _costs(asked)):
-        share, num = fitting(costs, SPENT * seconds_of(budget))
+        left = seconds_of(budget) - (time.perf_counter() - began)  # measuring takes some of it
+        share, num = fitting(costs, SPENT * left)
         asked.cut = replace(asked.cut, share=share, num_images=num)
         total = sum(cost.seconds(share, num) for cost in costs)
         asked.notes.append(f"Forecast for all of it: {total / 60:.1f} minutes.")

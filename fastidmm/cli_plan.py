@@ -1,0 +1,76 @@
+"""The command `fastidmm plan`: what a run will take, before it starts."""
+
+from typing import Annotated
+
+import typer
+
+from fastidmm.options import (
+    BackboneOption,
+    BatchOption,
+    DatasetOption,
+    DeviceOption,
+    EpochsOption,
+    ExactOption,
+    HoldoutOption,
+    JsonOption,
+    LoaderOption,
+    MethodOption,
+    PrecisionOption,
+    RecipeOption,
+    ResolutionOption,
+    SeedOption,
+    SetOption,
+    answer,
+    recipe_of,
+    recipe_settings,
+)
+
+
+def plan(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    loader: LoaderOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
+    resolution: ResolutionOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    exact: ExactOption = None,
+    holdout: HoldoutOption = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of this machine, an hour, in any currency.")
+    ] = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast a run from a few steps of each stage: time, memory, energy, cost.
+
+    Example: fastidmm plan --dataset mine --price 2.50
+    """
+    from fastidmm.forecast import table, total
+    from fastidmm.trial import forecasts
+
+    settings = recipe_settings(
+        dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
+        batch_size=batch_size, resolution=resolution, seed=seed, device=device,
+        precision=precision, exact=exact, holdout=holdout,
+    )  # fmt: skip
+    asked = recipe_of(recipe, settings, assignments)
+    found = forecasts(asked)
+    lines = [
+        f"{each.stage}: memory is short; --set run.micro_batches={each.micro_batches} cuts batches "
+        "so from the start"
+        for each in found
+        if each.short
+    ]
+    stages = [each.as_dict(price) for each in found]
+    told = {
+        "dataset": asked.run.dataset,
+        "backbone": asked.run.backbone,
+        "stages": stages,
+        "total": total(found).as_dict(price),
+    }
+    answer(told, as_json, lambda: "\n".join([table(found, price), *lines]))
