@@ -15,7 +15,7 @@ FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-
 FEWEST_IMAGES = 128
 ONE_EPOCH = 1 / 800
 SPENT = 0.85  # of the budget: what a machine shares with others varies
-CHECKPOINTS = 3  # of a stage that is cut: before, amid and after its epochs
+CHECKPOINTS = 2  # of a stage that is cut: before and after its epochs
 
 
 def seconds_of(budget: str) -> float:

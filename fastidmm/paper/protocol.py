@@ -149,7 +149,7 @@ def _shortened(tables: Tables, cut: Cut, available: int) -> Tables:
     run["num_images"] = fewer
     # Looks and checkpoints would take a short run longer than its steps do.
     run["knn_every"] = run["score_every"] = run["epochs"]
-    run["checkpoint_every"] = -(-run["epochs"] // 2)
+    run["checkpoint_every"] = run["epochs"]  # a signal writes one, too
     num = fewer or available
     if num <= (STEPS_AN_EPOCH - 1) * 256:
         batch = max(SMALLEST_BATCH, num // STEPS_AN_EPOCH)

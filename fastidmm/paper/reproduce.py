@@ -4,10 +4,12 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fastidmm.backbones.build import backbone as backbone_named
+from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError, did_you_mean
 from fastidmm.evaluate import Score
 from fastidmm.machine import device_of
@@ -275,6 +277,8 @@ def _cut_before(path: Path) -> dict[str, Any] | None:
 
 def _costs(asked: Table) -> list[Cost]:
     """Every stage that is to be run, each measured once; those of all seeds."""
+    make_torchvision_importable()
+    import_module("timm")  # or the first stage would seem to cost what is loaded once
     known: dict[str, Cost] = {}
     costs: dict[str, Cost] = {}
     trial = replace(asked.cut, num_images=FEWEST_IMAGES)
