@@ -12,7 +12,7 @@ from fastidmm.trial import tried
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-tuning
-FEWEST_IMAGES = 128
+FEWEST_IMAGES, LEAST_IMAGES = 128, 32
 ONE_EPOCH = 1 / 800
 SPENT = 0.85  # of the budget: what a machine shares with others varies
 CHECKPOINTS = 2  # of a stage that is cut: before and after its epochs
@@ -45,16 +45,16 @@ def fitting(costs: Sequence[Cost], seconds: float) -> tuple[float, int]:
     """The share of epochs and the images that fit: the same for every stage of every arm.
 
     Epochs are cut first, down to a fiftieth; then images, down to 128; then epochs again, down to
-    one of pretraining.
+    one of pretraining; then images again, down to 32.
     """
 
     def fits(share: float, num: int) -> bool:
         return sum(cost.seconds(share, num) for cost in costs) <= seconds
 
     most = max(cost.images for cost in costs)
-    few = min(FEWEST_IMAGES, most)
-    if not fits(ONE_EPOCH, few):
-        needed = sum(cost.seconds(ONE_EPOCH, few) for cost in costs) / SPENT
+    few, least = min(FEWEST_IMAGES, most), min(LEAST_IMAGES, most)
+    if not fits(ONE_EPOCH, least):
+        needed = sum(cost.seconds(ONE_EPOCH, least) for cost in costs) / SPENT
         raise UsageError(
             f"the least of it takes {needed / 60:.1f} minutes here: give that --budget, or fewer "
             "--seeds."
@@ -63,7 +63,9 @@ def fitting(costs: Sequence[Cost], seconds: float) -> tuple[float, int]:
         return _largest(lambda share: fits(share, most), FEWEST_EPOCHS, 1.0), most
     if fits(FEWEST_EPOCHS, few):
         return FEWEST_EPOCHS, int(_largest(lambda num: fits(FEWEST_EPOCHS, int(num)), few, most))
-    return _largest(lambda share: fits(share, few), ONE_EPOCH, FEWEST_EPOCHS), few
+    if fits(ONE_EPOCH, few):
+        return _largest(lambda share: fits(share, few), ONE_EPOCH, FEWEST_EPOCHS), few
+    return ONE_EPOCH, int(_largest(lambda num: fits(ONE_EPOCH, int(num)), least, few))
 
 
 def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
