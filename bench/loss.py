@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from fastidmm.bench.figures import Rows, measured, result
+from fastidmm.capture import CudaGraph
 from fastidmm.kernels.instance_loss import instance_loss
 from fastidmm.machine import name_of
 
@@ -207,10 +208,9 @@ def gradient_error(arm: Arm, case: Case) -> dict[str, float]:
 
 def graphed(work: Callable[[], None]) -> Callable[[], None] | None:
     """The work as one CUDA graph, as training runs it; `None` where it cannot be captured."""
+    graph = CudaGraph(torch.cuda.graph_pool_handle())
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        graph.record(work)
     except Exception:  # a wait for the host, or no memory for the graph's own pool
         torch.cuda.synchronize()
         return None

@@ -88,8 +88,12 @@ def measure(
         parts = assembled({"run": run}, store, work)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        times = times_of(parts, repeats, steps)
-        peak_bytes = torch.cuda.max_memory_allocated() if gpu else None
+        captured = Captured(parts) if gpu else None
+        times = times_of(parts, repeats, steps, captured)
+        cut = {"micro_batches": parts.state.micro_batches}
+        if captured is not None:
+            cut["captured_kinds"] = captured.num_kinds
+        peak_bytes = torch.cuda.max_memory_reserved() if gpu else None  # graphs' pools, too
         if trace is not None:
             write_trace(parts, trace)
         flop = flop_of_image(parts.method, next(batches(parts))) * size
@@ -102,7 +106,7 @@ def measure(
         "step",
         f"{method}, {run['backbone']}, {size} images of {resolution} px, {name_of(device)}",
         {"step": rows},
-        settings=run | {"repeats": repeats, "steps": steps, "flop": flop, "peak_flops": peak},
+        settings=run | cut | {"repeats": repeats, "steps": steps, "flop": flop, "peak_flops": peak},
         notes=[
             f"{flop / 1e9:,.0f} GFLOP a step, of which {lost['median']:.1%} "
             f"({lost['low']:.1%} to {lost['high']:.1%}) is lost to plan and views"
@@ -134,7 +138,7 @@ def batches(parts: Parts) -> Iterator[Batch]:
     return map(parts.loader.batch, count())
 
 
-def times_of(parts: Parts, repeats: int, steps: int) -> Times:
+def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) -> Times:
     """Seconds of a whole step, of one on the same batch again, and of each part, by turns."""
     device = parts.store.device
     coming = batches(parts)
@@ -145,8 +149,8 @@ def times_of(parts: Parts, repeats: int, steps: int) -> Times:
 
     arms: dict[str, Callable[[], object]] = {"step": plain, "one batch": lambda: step(parts, still)}
     warm_up = 1
-    if device.type == "cuda":
-        captured, numbers = Captured(parts), count()
+    if captured is not None:
+        numbers = count()
         arms = {
             "step": lambda: captured.step(next(numbers)),
             "one batch": lambda: captured.step(0, still),

@@ -1,5 +1,6 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Parts:
     judge: Store | None  # the images that a classifier is scored on while it learns
     scaler: Scaler | None  # of fp16
     state: State = field(default_factory=State)
+    # Gives memory back that can be had again, where a step runs short of it; whether there was any.
+    release: Callable[[], bool] = field(default=lambda: False)
 
 
 def training_rows(recipe: Recipe) -> Store:

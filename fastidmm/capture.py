@@ -9,7 +9,7 @@ and from there on replayed: the same kernels on the same numbers, so the same bi
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -25,7 +25,7 @@ from fastidmm.progress import Clock, say
 from fastidmm.step import Stepped, step
 
 WARM_UP = 2  # steps of a kind before it is captured
-AHEAD = 8  # steps the host may be ahead of the device: who asks a run to stop waits for these
+AHEAD = 2  # steps the host may be ahead of the device: who asks a run to stop waits for these
 
 Kind = tuple[Any, ...]
 
@@ -43,16 +43,27 @@ class Recording(Protocol):
 
 
 class CudaGraph:
-    """A `Recording` on a GPU; all share one pool of memory, since they never run at once."""
+    """A `Recording` on a GPU; those of one pool share its memory, since they never run at once."""
 
-    def __init__(self, pool: Any = None) -> None:
+    def __init__(self, pool: Any) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`."""
         self._graph, self._pool = torch.cuda.CUDAGraph(), pool
 
-    def record(self, work: Callable[[], Stepped]) -> Stepped:
-        """As `Recording`; raises RuntimeError where something of it cannot be captured."""
-        # Threads of a loader may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            return work()
+    def record(self, work: Callable[[], Any]) -> Any:
+        """As `Recording`; whatever stands in the way is raised, and all is as before."""
+        stream = torch.cuda.current_stream()
+        try:
+            # Threads of a loader may use the device meanwhile.
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                return work()
+        except Exception as problem:
+            # Where a capture is refused, torch stays on its stream, and before version 2.13 its
+            # allocator goes on as if memory were still being captured.
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            # The end of a capture that was refused is an error of its own: what came first counts.
+            raise problem.__context__ or problem from None
 
     def replay(self) -> None:
         """As `Recording`."""
@@ -64,8 +75,10 @@ class Captured:
 
     def __init__(self, parts: Parts, recording: Callable[[], Recording] | None = None) -> None:
         """`recording` makes a new one; by default, graphs on the run's GPU."""
-        self.parts = parts
-        self._recording = recording or partial(CudaGraph, torch.cuda.graph_pool_handle())
+        self.parts, self._given = parts, recording
+        self._recording = self._recordings()
+        self._micro_batches = parts.state.micro_batches
+        parts.release = self.release
         self._counter = torch.zeros((), dtype=torch.int64, device=parts.store.device)
         self._seen: Counter[Kind] = Counter()
         self._graphs: dict[Kind, tuple[Recording, Stepped, Batch | None]] = {}
@@ -76,8 +89,10 @@ class Captured:
 
         What it gives is overwritten by the next step of its kind.
         """
+        if self._micro_batches != self.parts.state.micro_batches:
+            self._micro_batches = self.parts.state.micro_batches
+            self.release()  # graphs of larger parts would hold their memory for nothing
         kind = self._kind(number) if batch is None else self._kind_of(batch)
-        kind = (*kind, self.parts.state.micro_batches)
         self._counter.fill_(number)
         if kind not in self._graphs and not self._capture(kind, number, batch):
             return self._make(number, batch)
@@ -87,6 +102,23 @@ class Captured:
                 fixed.copy_(fresh)
         graph.replay()
         return made
+
+    def release(self) -> bool:
+        """Give back the memory that graphs hold, to record them anew; whether there were any."""
+        held = bool(self._graphs)
+        self._graphs.clear()
+        self._recording = self._recordings()
+        if held and self.parts.store.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return held
+
+    @property
+    def num_kinds(self) -> int:
+        """Kinds of steps that are replayed by now."""
+        return len(self._graphs)
+
+    def _recordings(self) -> Callable[[], Recording]:
+        return self._given or partial(CudaGraph, torch.cuda.graph_pool_handle())
 
     def _kind(self, number: int) -> Kind:
         """What decides shapes and branches of a step that the device makes from its counter."""
@@ -119,11 +151,13 @@ class Captured:
         graph = self._recording()
         try:
             made = graph.record(lambda: self._make(number, held))
-        except RuntimeError as problem:
+        except Exception as problem:
             # Gradients that were recorded and never computed must not be used.
             self.parts.optimizer.zero_grad(set_to_none=True)
+            if isinstance(problem, torch.OutOfMemoryError) and self.release():
+                return False  # without the other graphs there is room: with the next of its kind
             self._impossible = True
-            why = str(problem).splitlines()[0]
+            why = (str(problem) or type(problem).__name__).splitlines()[0]
             say(f"steps are not captured ({why}): they are made one operation at a time.")
             return False
         self._graphs[kind] = graph, made, held

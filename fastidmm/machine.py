@@ -23,7 +23,7 @@ def set_up(device_name: str, *, exact: bool) -> torch.device:
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with it
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and streams are of the current device
+        torch.cuda.set_device(device.index or 0)  # events and streams are of the current device
     torch.set_num_threads(cpu_threads())
     keep_freed_memory()
     if torch.are_deterministic_algorithms_enabled() != exact:  # the call imports torch's compiler

@@ -50,7 +50,7 @@ def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.
     for group in groups:
         if "decay" in group:
             group["weight_decay"] = 0.0  # a number for torch, which a capture would keep
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups,
         lr=torch.zeros((), device=device),
         betas=options.betas,
@@ -59,6 +59,9 @@ def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.
         fused=True,
         capturable=device.type == "cuda",
     )
+    # Steps before a capture are meant to be made without one, and torch would remark on them.
+    optimizer._warned_capturable_if_run_uncaptured = True
+    return optimizer
 
 
 class Scaler:

@@ -55,10 +55,14 @@ def backward(parts: Parts, batch: Batch) -> Loss:
             if parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise
             parts.optimizer.zero_grad(set_to_none=True)
-            if not parts.method.can_be_cut() or parts.state.micro_batches >= batch.num_crops:
+            losses.clear()
+            released = parts.release()
+            whole = not parts.method.can_be_cut()
+            if not released and (whole or parts.state.micro_batches >= batch.num_crops):
                 raise
-        losses.clear()
         torch.cuda.empty_cache()
+        if released:
+            continue
         parts.state.micro_batches *= 2
         say(f"memory is short: {parts.state.micro_batches} micro-batches from here on.")
 

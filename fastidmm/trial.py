@@ -270,7 +270,7 @@ def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
 def memory_of(device: torch.device) -> int:
     """Bytes at most: allocated on the GPU, or of this process resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)  # graphs' pools, too
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

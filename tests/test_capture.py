@@ -79,7 +79,7 @@ def test_replays_are_the_steps_themselves(method: str, tmp_path: Path) -> None:
     assert same(caught, plain)
     mixes = {group.mix for group in caught.method.views}
     kinds = 4 if "alternate" in mixes else 2
-    assert len(captured._graphs) == kinds  # of rows and of mixing: all were replayed
+    assert captured.num_kinds == kinds  # of rows and of mixing: all were replayed
 
 
 def test_a_run_goes_on_from_any_step(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_batches_that_a_loader_brings(tmp_path: Path) -> None:
         for tensor in batch.tensors():
             tensor.zero_()
     assert found == plainly(plain) and same(caught, plain)
-    assert len(captured._graphs) == 2
+    assert captured.num_kinds == 2
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -148,12 +148,42 @@ def test_what_cannot_be_captured_is_said_and_made_all_the_same(
     ]
 
 
+def test_short_memory_takes_what_graphs_hold_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the batch is cut, and graphs of larger parts go; no number changes but by rounding."""
+    plain, caught = (parts_of("idmm", tmp_path / name) for name in ("plain", "caught"))
+    captured, kind, fits = Captured(caught, Recorded), type(caught.method), [True]
+    forward = kind.forward
+
+    def scarce(self: object, batch: Batch) -> object:
+        if not fits[-1] and batch.num_crops > 4:
+            fits[-1] = bool(captured.num_kinds)  # a graph's memory is enough for one more pass
+            raise torch.OutOfMemoryError("on purpose")
+        return forward(self, batch)  # type: ignore[arg-type]
+
+    found, expected = [], plainly(plain, 12)
+    monkeypatch.setattr(kind, "forward", scarce)
+    kinds = []
+    for number in range(12):
+        fits.append(number not in (5, 9))  # a tail's second, which is not captured yet; a full one
+        if number == 9:
+            captured.release()
+        found.append(told(captured.step(number)))
+        kinds.append((captured.num_kinds, caught.state.micro_batches))
+    assert kinds[4:6] == [(1, 1), (0, 1)] and kinds[8] == (2, 1)
+    assert kinds[9][1] == 4 and kinds[10][1] == 4
+    assert found[:9] == expected[:9]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_kinds_are_captured_when_they_have_warmed_up(tmp_path: Path) -> None:
     captured = Captured(parts_of("idmm", tmp_path / "run"), Recorded)
     graphs = []
     for number in range(9):  # two full batches and a tail, by turns
         captured.step(number)
-        graphs.append(len(captured._graphs))
+        graphs.append(captured.num_kinds)
     assert graphs == [0] * 3 + [1] * 5 + [2] and WARM_UP == 2
 
 

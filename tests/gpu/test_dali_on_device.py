@@ -123,8 +123,8 @@ def test_pictures_that_are_kept_are_the_same(photographs: Store, cache: int) -> 
 def test_a_step_never_waits_for_the_device(photographs: Store, cache: int) -> None:
     with closing(loader(photographs, cache=cache).batches(0)) as batches:
         held = list(islice(batches, 3))  # programs are compiled, pinned memory is there
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             held += islice(batches, 6)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -177,8 +177,8 @@ def test_a_captured_graph_gives_what_eager_gives(
 def test_nothing_waits_for_the_host() -> None:
     case = made((256, 2040, 192))
     result(loss, case)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         result(loss, case)
     finally:
         torch.cuda.set_sync_debug_mode("default")

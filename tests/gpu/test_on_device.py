@@ -68,8 +68,8 @@ def test_plans_are_equal_to_the_bit(step: int, group: ViewGroup) -> None:
         assert torch.equal(tensor, there[name]), name
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_ten_million_crops_are_drawn_alike(part: int) -> None:
+@pytest.mark.parametrize("part", range(3))
+def test_three_million_crops_are_drawn_alike(part: int) -> None:
     """One kernel on the GPU, the definition on the CPU."""
     num, group = 1_000_000, TUNING
     crops = torch.arange(part * num, (part + 1) * num)
@@ -137,8 +137,8 @@ def test_drawing_and_rendering_never_wait() -> None:
     render(photos, plan(photos, 0, TUNING), TUNING)
     for group in (GROUP, TUNING):  # and programs compiled
         views(photos, plan(photos, 0, group), group, torch.bfloat16)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for step in range(1, 4):
             for group in (GROUP, TUNING):
                 render(photos, plan(photos, step, group), group)
