@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.backbones.build import Encoder, build_encoder, load_weights
+from fastidmm.backbones.build import Encoder, backbone, build_encoder, load_weights
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.optim import Scaler, Schedule, adamw, lr_schedule
+from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import Record, encoder_weights, start_of
+from fastidmm.record import PUBLISHED, Record, encoder_weights, start_of
 from fastidmm.registry import find
 from fastidmm.store import Store, folder_of, has_split, open_store, stratified
 
@@ -204,6 +205,8 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
 
 def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     """Load what a recipe's `run.init` names into a method; what was loaded, in words."""
+    if recipe.run.init == PUBLISHED:
+        return _load_published(method, recipe.run.backbone)
     source = start_of(folder, recipe.run.init)
     if source is None:
         return "random weights"
@@ -220,6 +223,17 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
         loaded += ", head new"
         method.begin()
     return f"{loaded}: from {source.parent.parent}"
+
+
+def _load_published(method: Method, name: str) -> str:
+    """Load the weights that timm has for a backbone; what was loaded, in words."""
+    published = backbone(name).weights
+    if not published:
+        raise UsageError(
+            f"timm has no weights of {name}: name another backbone, or leave run.init out."
+        )
+    state = {f"model.{n}": tensor for n, tensor in cached_weights(published).items()}
+    return load_weights(method.backbone, state, source=f"timm's {published}") + ", head new: timm's"
 
 
 def _first_guess(parts: Parts, device: torch.device) -> int:

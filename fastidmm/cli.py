@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastidmm.cli_bench import bench
+from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
 from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
@@ -21,6 +22,7 @@ from fastidmm.options import (
     ExactOption,
     Format,
     HoldoutOption,
+    InitOption,
     JsonOption,
     LoaderOption,
     MethodOption,
@@ -117,6 +119,7 @@ def pretrain(
     precision: PrecisionOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -130,7 +133,7 @@ def pretrain(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact, holdout=holdout,
+        precision=precision, exact=exact, holdout=holdout, init=init,
     )  # fmt: skip
     found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -140,6 +143,9 @@ def pretrain(
 def finetune(
     named: RunArgument = None,
     run: RunOption = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another than the run's: makes a run of its own.")
+    ] = None,
     resolution: ResolutionOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
@@ -163,11 +169,18 @@ def finetune(
     from fastidmm import stages
 
     settings = recipe_settings(
-        resolution=resolution, epochs=epochs, batch_size=batch_size, backbone=backbone,
-        loader=loader, seed=seed, device=device, precision=precision, exact=exact, holdout=holdout,
+        dataset=dataset, resolution=resolution, epochs=epochs, batch_size=batch_size,
+        backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
+        exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
-    found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
+    if dataset is None:
+        found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
+    elif scratch:
+        raise UsageError("--scratch takes nothing from a run: leave it or --dataset out.")
+    else:
+        found = stages.transfer(folder, settings, assignments or [])
+        folder = Path(found["run"])
     answer(found, as_json, lambda: _finished(found, f"fastidmm evaluate --run {folder}"))
 
 
@@ -266,6 +279,10 @@ def verify(
     found = verifying.verify(_run(named or run), steps)
     answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
     verifying.settle(found)
+
+
+app.command()(reproduce)
+app.command()(compare)
 
 
 @app.command("list")

@@ -41,7 +41,8 @@ class RunOptions(Options):
     capture: bool = True  # on a GPU, whole steps as CUDA graphs
     compile: bool = False  # the backbone by torch.compile: it takes a minute, long runs win it back
     num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all
-    init: str = ""  # a checkpoint's folder, relative to the run's; "": random weights
+    # A checkpoint's folder, relative to the run's; "timm": the published ones; "": random weights.
+    init: str = ""
     init_head: bool = False  # take its classifier too
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training split kept out of it
     patience: Auto = 0  # epochs without a better held-out score that end a stage; 0: never

@@ -33,6 +33,7 @@ from fastidmm.progress import say
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
+PUBLISHED = "timm"  # the weights that `fastidmm prepare --weights` fetched, as `run.init`
 SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
 MINUTE = 60.0
@@ -164,7 +165,7 @@ class Record:
     def pretrained(self) -> bool:
         """Whether it goes back to pretrained weights, directly or by an earlier stage."""
         # The stage it went on from may be gone: the name tells of which arm it is.
-        return self.init is not None and not self.folder.name.startswith(SCRATCH)
+        return bool(self.recipe.run.init) and not self.folder.name.startswith(SCRATCH)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -326,7 +327,7 @@ def run_folder(name: str) -> Path:
 
 def start_of(folder: Path, init: str) -> Path | None:
     """The checkpoint that `run.init` means in a stage's folder, which may not be there yet."""
-    return Path(os.path.normpath(folder / init)) if init else None
+    return Path(os.path.normpath(folder / init)) if init not in ("", PUBLISHED) else None
 
 
 def free_folder(folder: Path) -> Path:

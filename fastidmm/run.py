@@ -15,11 +15,17 @@ from fastidmm.stages import finetune, pretrain
 from fastidmm.store import prepared
 
 
-def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
-    """What `evaluate` finds after all stages, and where the report is."""
-    if recipe.run.dataset == "demo" and "demo" not in prepared():
+def prepare_demo() -> None:
+    """Prepare the demonstration's photographs, where they are not yet."""
+    if "demo" not in prepared():
         for line in prepare(find("dataset", "demo")().open(from_=None, seed=0), "demo").lines():
             say(line)
+
+
+def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
+    """What `evaluate` finds after all stages, and where the report is."""
+    if recipe.run.dataset == "demo":
+        prepare_demo()
     check(recipe)
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):

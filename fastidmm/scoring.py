@@ -35,7 +35,8 @@ def evaluate(run: Path) -> dict[str, Any]:
         "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
         "random": frozen_scores(recipe, None, store, test),
     }
-    for folder in stages(run):
+    learnt = [run] if recipe.run.method == "supervised" else []
+    for folder in (*learnt, *stages(run)):
         stage = Record(folder)
         stage.check()
         if not stage.finished:

@@ -95,6 +95,21 @@ def finetune(
     return _trained(folder, recipe)
 
 
+def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Fine-tune a run's backbone on another dataset, `run.dataset`, as a run of its own."""
+    parent = Record(run)
+    parent.check()
+    if not parent.finished:
+        raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
+    tables = finetune_tables(parent, pretrained=True)
+    del tables["loader"], tables["run"]["loader"], tables["run"]["num_images"]  # the other's size
+    tables = with_settings(tables, settings, assignments)
+    stem = f"{tables['run']['dataset']}_{tables['run']['backbone']}_from_{run.resolve().name}"
+    folder = free_folder(run_folder(stem.replace(":", "-")[:60]))
+    tables["run"]["init"] = os.path.relpath(parent.result, folder)
+    return _trained(folder, Recipe.of(tables))
+
+
 def _same_images(start: Record, recipe: Recipe) -> None:
     """Refuse to judge a stage by images that the stage before it has learnt."""
     for key in ("dataset", "num_images", "holdout", "seed"):

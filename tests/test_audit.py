@@ -153,6 +153,8 @@ def test_no_command_asks_the_net(audited: Audited) -> None:
         "resume one",
         "verify one",
         f"run --dataset toy --run all {TINY} --set finetune.epochs=1 --set finetune.resolution=16",
+        "compare one all",
+        "reproduce T2 --dry-run",
         "bench views --size 16 --images 4 --repeats 1",
     )
     assert audited.seen("net") == []

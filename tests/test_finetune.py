@@ -13,7 +13,9 @@ from toy_runs import FIRST, HIGH, RUN, Killed, losses, recipe, weights
 from fastidmm import checkpoint, optim, scoring, stages
 from fastidmm import step as stepping
 from fastidmm.assemble import assemble, training_rows
+from fastidmm.datasets.folder import Folder
 from fastidmm.errors import UsageError
+from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.record import Record
 
@@ -230,3 +232,24 @@ def test_twenty_golden_losses_of_every_stage(toy: str) -> None:
             path.write_text("".join(f"{loss:.6f}\n" for loss in found))
         golden = [float(line) for line in path.read_text().split()]
         assert len(golden) == 20 and found == pytest.approx(golden, rel=1e-4), name
+
+
+# --- on another dataset -------------------------------------------------------------------------
+
+
+def test_a_run_is_fine_tuned_on_another_dataset(toy: str, tmp_path: Path) -> None:
+    """As a run of its own, from the run's backbone alone; scored on the other's test images."""
+    prepare(Folder().open(from_=tmp_path / "photos", seed=0), "other", workers=0, quiet=True)
+    settings = {**FIRST, "run.epochs": 1, "run.dataset": "other"}
+    stages.pretrain(recipe(epochs=1, num_images=12), "run")
+    found = stages.transfer(RUN, settings, [])
+    assert found["run"] == "runs/other_vit_micro_from_run" and found["dataset"] == "other"
+    tuned = Record(Path(found["run"]))
+    assert tuned.init == Record(RUN).result and not tuned.recipe.run.init_head
+    assert tuned.recipe.run.num_images == 0 and tuned.recipe.run.seed == 0
+    begun, last = weights(tuned.checkpoints / "step_000000000"), weights(Record(RUN).result)
+    names = [n for n in begun if n.startswith("backbone.")]
+    assert names and all(torch.equal(begun[n], last[n]) for n in names)
+    scores = scoring.evaluate(tuned.folder)["scores"]
+    assert scores["pretrained"]["finetuned_16"]["stage"] == tuned.folder.name
+    assert stages.transfer(RUN, settings, [])["run"] == "runs/other_vit_micro_from_run-2"

@@ -23,7 +23,7 @@ def test_shipped_recipes_begin_with_their_claim(name: str) -> None:
     text = (Path(__file__).parents[1] / "configs" / f"{name}.toml").read_text()
     header = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in header)
-    assert any("fastidmm run" in line or "make demo" in line for line in header)
+    assert any(line.startswith(("#   fastidmm ", "#   make demo")) for line in header)
 
 
 def test_paper_and_official_differ_where_the_published_code_differs() -> None:

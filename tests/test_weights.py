@@ -11,9 +11,11 @@ import safetensors.torch
 import timm
 import torch
 
-from fastidmm import cli
-from fastidmm.errors import UsageError
-from fastidmm.preparing.weights import fetch_weights, weights_folder
+from fastidmm import checkpoint, cli, stages
+from fastidmm.errors import DataError, UsageError
+from fastidmm.preparing.weights import cached_weights, fetch_weights, weights_folder
+from fastidmm.recipe import Recipe
+from fastidmm.record import Record
 
 NAME = "test_vit"
 
@@ -77,3 +79,51 @@ def test_a_hub_that_cannot_be_reached(home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", full)
     with pytest.raises(OSError, match="No space left"):
         fetch_weights(NAME)
+
+
+def in_the_cache(name: str) -> Path:
+    """Weights of ones, where the hub's own client looks for what it has fetched."""
+    revision = weights_folder() / f"models--{name.replace('/', '--')}"
+    (revision / "refs").mkdir(parents=True)
+    (revision / "refs" / "main").write_text("0" * 40)
+    path = revision / "snapshots" / ("0" * 40) / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    state = timm.create_model(NAME).state_dict()
+    safetensors.torch.save_file({n: torch.ones_like(t) for n, t in state.items()}, path)
+    return path
+
+
+def test_a_run_begins_from_published_weights(toy: str) -> None:
+    """All but the classifier, at another resolution, before the first step."""
+    run = {"dataset": toy, "backbone": f"timm:{NAME}", "method": "supervised", "init": "timm"}
+    short = {"epochs": 1, "batch_size": 8, "resolution": 32, "checkpoint_every": 1}
+    wanted = Recipe.of({"run": {**run, **short}})
+    with pytest.raises(UsageError, match=r"not on this machine: `fastidmm prepare --weights test_"):
+        stages.pretrain(wanted, "none")
+    assert not Path("runs/none").exists()
+    path = in_the_cache("timm/test_vit.r160_in1k")
+    assert {n.partition(".")[0] for n in cached_weights(NAME)} >= {"blocks", "patch_embed"}
+    stages.pretrain(wanted, "mine")
+    record = Record(Path("runs/mine"))
+    (first,), _ = checkpoint.load(record.checkpoints / "step_000000000", checkpoint.MODEL)
+    assert all((first[n] == 1).all() for n in first if n.startswith("backbone."))
+    assert not (first["head.weight"] == 1).any()
+    assert record.pretrained and record.init is None
+    path.write_bytes(b"0" * 100)
+    with pytest.raises(DataError, match=r"cannot be read .*: delete it"):
+        stages.pretrain(wanted, "damaged")
+
+
+def test_a_backbone_without_published_weights(toy: str) -> None:
+    run = {"dataset": toy, "backbone": "vit_micro", "method": "supervised", "init": "timm"}
+    with pytest.raises(UsageError, match="timm has no weights of vit_micro"):
+        stages.pretrain(Recipe.of({"run": {**run, "resolution": 16}}), "none")
+
+
+def test_the_papers_backbones_name_weights_that_timm_has() -> None:
+    from fastidmm.backbones.build import backbone
+
+    for name in ("deit_tiny", "deit_base", "pvtv2_b0", "pvtv2_b3"):
+        told = timm.get_pretrained_cfg(backbone(name).weights)
+        assert told.hf_hub_id.startswith("timm/") and "in1k" in told.tag and "in22k" not in told.tag
+        assert not {"dist", "21k"} & set(told.tag.split("_"))

@@ -18,7 +18,7 @@ def any_timm(name: str) -> Backbone:
     if name not in known:
         near = [n for n in known if n.split("_")[0] == name.split("_")[0]] or known[:20]
         raise UsageError(f"timm has no model {name!r}: {did_you_mean(name, near)}")
-    return Backbone(partial(_build, name), multiple_of=1)
+    return Backbone(partial(_build, name), multiple_of=1, weights=name)
 
 
 def _build(name: str, resolution: int, drop_path: float) -> nn.Module:

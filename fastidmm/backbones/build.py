@@ -27,6 +27,7 @@ class Backbone:
     lr: float = 5e-4
     lr_high: float = 5e-5  # of the stage that goes on at a higher resolution
     warmup_epochs: int = 2
+    weights: str = ""  # timm's model with the published ones, of ImageNet's labels
 
 
 def backbone(name: str) -> Backbone:

@@ -22,8 +22,18 @@ def _pvt(name: str, resolution: int, drop_path: float) -> nn.Module:
 
 
 pvtv2_b0 = Backbone(
-    partial(_pvt, "pvt_v2_b0"), multiple_of=1, smallest=32, lr=1e-3, warmup_epochs=10
+    partial(_pvt, "pvt_v2_b0"),
+    multiple_of=1,
+    smallest=32,
+    lr=1e-3,
+    warmup_epochs=10,
+    weights="pvt_v2_b0",
 )
 pvtv2_b3 = Backbone(
-    partial(_pvt, "pvt_v2_b3"), multiple_of=1, smallest=32, lr=1e-3, warmup_epochs=10
+    partial(_pvt, "pvt_v2_b3"),
+    multiple_of=1,
+    smallest=32,
+    lr=1e-3,
+    warmup_epochs=10,
+    weights="pvt_v2_b3",
 )

@@ -27,10 +27,11 @@ def _vit(name: str, resolution: int, drop_path: float, **shape: int) -> nn.Modul
     return model
 
 
-deit_tiny = Backbone(partial(_vit, "deit_tiny_patch16_224"), multiple_of=16)
-deit_base = Backbone(partial(_vit, "deit_base_patch16_224"), multiple_of=16)
+TINY, BASE = "deit_tiny_patch16_224", "deit_base_patch16_224"
+deit_tiny = Backbone(partial(_vit, TINY), multiple_of=16, weights=TINY)
+deit_base = Backbone(partial(_vit, BASE), multiple_of=16, weights=BASE)
 # For tests and the demo: 0.8 million parameters, and tokens enough at 32 to 64 px.
 vit_micro = Backbone(
-    partial(_vit, "deit_tiny_patch16_224", patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    partial(_vit, TINY, patch_size=8, embed_dim=128, depth=4, num_heads=4),
     multiple_of=8,
 )

@@ -1,9 +1,13 @@
 """Published weights of timm's models, kept where a machine without a network finds them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastidmm.errors import UsageError, did_you_mean
+from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.places import home
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def weights_folder() -> Path:
@@ -40,3 +44,33 @@ def fetch_weights(name: str) -> Path:
             f"copy {folder} from a machine that has them."
         ) from None
     return folder
+
+
+def cached_weights(name: str) -> "dict[str, Tensor]":
+    """The weights of timm's model `name` but for its classifier, from the cache alone."""
+    from fastidmm.backbones.torchvision_ops import make_torchvision_importable
+
+    make_torchvision_importable()
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    told = timm.get_pretrained_cfg(name)
+    path = told and try_to_load_from_cache(
+        told.hf_hub_id, "model.safetensors", cache_dir=weights_folder()
+    )
+    if not isinstance(path, str):
+        raise UsageError(
+            f"the weights of {name} are not on this machine: `fastidmm prepare --weights {name}` "
+            "fetches them."
+        )
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise DataError(
+            f"{path} cannot be read ({problem}): delete it, then `fastidmm prepare --weights "
+            f"{name}`."
+        ) from None
+    heads = (told.classifier,) if isinstance(told.classifier, str) else tuple(told.classifier or ())
+    return {n: t for n, t in state.items() if n.rpartition(".")[0] not in heads}

@@ -1,0 +1,166 @@
+"""Runs side by side: what was scored, at which budget, and which differences can be claimed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastidmm.errors import DataError, UsageError
+from fastidmm.record import RECIPE, Record, stages
+from fastidmm.reporting.claims import FINETUNED, Arm, Measure, measures, percent
+from fastidmm.scoring import EVALUATION
+from fastidmm.stages import summary
+
+VERDICTS = {
+    "higher": "higher",
+    "lower": "lower",
+    "open": "no difference can be claimed",
+    "unequal": "not comparable: unequal fine-tuning",
+    "missing": "not run",
+}
+NEAR = 1.1  # times as long is no other budget
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A run: its scores by measure, and what they cost."""
+
+    folder: Path
+    scores: dict[str, Arm]
+    budget: dict[str, Any]
+    images: tuple[str, str]  # the dataset, and the fingerprint of its training split
+    seconds: float
+
+    @classmethod
+    def of(cls, folder: Path) -> "Compared":
+        """What lies in a run's folder."""
+        if (folder.parent / RECIPE).exists():
+            raise UsageError(f"{folder} is a stage; name its run: {folder.parent}.")
+        record = Record(folder)
+        run, started = record.recipe.run, record.environment()
+        learnt = [record] if run.method == "supervised" else []
+        learnt += [stage for stage in map(Record, stages(folder)) if stage.pretrained]
+        learnt = [stage for stage in learnt if stage.finished]
+        tuned = {stage.resolution: stage for stage in learnt}
+        everything = list(dict.fromkeys([record, *tuned.values()]))
+        budget = {
+            "training images": started["num_train"],
+            "pretraining epochs": 0 if run.method == "supervised" else run.epochs,
+            "pretraining px": None if run.method == "supervised" else run.resolution,
+            "fine-tuning epochs": {side: stage.recipe.run.epochs for side, stage in tuned.items()},
+        }
+        return cls(
+            folder,
+            {**_evaluated(folder), **_told(tuned)},
+            budget,
+            (run.dataset, started["train_fingerprint"]),
+            sum(float(each.state.get("seconds", 0.0)) for each in everything),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        scores = {n: {**a.score.as_dict(), "epochs": a.epochs} for n, a in self.scores.items()}
+        told = {"run": str(self.folder), "dataset": self.images[0], "scores": scores}
+        return {**told, "budget": self.budget, "seconds": round(self.seconds, 1)}
+
+
+def _evaluated(folder: Path) -> dict[str, Arm]:
+    """Scores on frozen features, where `evaluate` has been."""
+    path = folder / EVALUATION
+    if not path.exists():
+        return {}
+    try:
+        scores = json.loads(path.read_text())["scores"]
+    except (ValueError, KeyError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); evaluate the run again.") from None
+    found = {m.name: m.pretrained for m in measures(scores)}
+    return {name: arm for name, arm in found.items() if arm and not arm.epochs}
+
+
+def _told(tuned: dict[int, Record]) -> dict[str, Arm]:
+    """Scores of fine-tuned stages after their last epoch, as they told them while they learnt."""
+    found = {}
+    for side, stage in sorted(tuned.items()):
+        if top := summary(stage).get("test_top1"):
+            cell = {**top, "epochs": stage.recipe.run.epochs}
+            scores = {"pretrained": {f"{FINETUNED}{side}": cell}}
+            (measure,) = (m for m in measures(scores) if m.pretrained)
+            assert measure.pretrained
+            found[measure.name] = measure.pretrained
+    return found
+
+
+def compare(folders: list[Path]) -> dict[str, Any]:
+    """All runs beside the first: scores, differences that can be claimed, unequal budgets."""
+    if len(set(folders)) < 2:
+        raise UsageError("name two or more runs: `fastidmm compare ONE OTHER`.")
+    first, *others = found = [Compared.of(folder) for folder in folders]
+    names = list(dict.fromkeys(name for run in found for name in run.scores))
+    claims = [
+        {"run": str(run.folder), "than": str(first.folder), **_claim(name, run, first)}
+        for run in others
+        for name in names
+    ]
+    unequal = [line for run in others for line in _unequal(first, run)]
+    return {"runs": [run.as_dict() for run in found], "claims": claims, "unequal": unequal}
+
+
+def _claim(name: str, run: Compared, first: Compared) -> dict[str, Any]:
+    measure = Measure(name, run.scores.get(name), first.scores.get(name))
+    if run.images != first.images and measure.outcome != "missing":
+        return {"measure": name, "outcome": "unequal", "points": None, "why": "other images"}
+    return {"measure": name, "outcome": measure.outcome, "points": measure.points, "why": ""}
+
+
+def _unequal(first: Compared, run: Compared) -> list[str]:
+    """In what two budgets differ, a sentence each."""
+    found = []
+    for key, ours in first.budget.items():
+        theirs = run.budget[key]
+        if ours != theirs:
+            found.append(f"{key}: {_said(ours)} in {first.folder}, {_said(theirs)} in {run.folder}")
+    short, long = sorted((first.seconds, run.seconds))
+    if long > NEAR * short:
+        times = f"{first.seconds:.0f} s in {first.folder}, {run.seconds:.0f} s in {run.folder}"
+        found.append(f"training time: {times}")
+    return found
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{epochs} at {side} px" for side, epochs in value.items()) or "none"
+    return "none" if value in (None, 0) else str(value)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The table a person reads: a run a column, the claims and budgets below."""
+    names = list(dict.fromkeys(name for run in found["runs"] for name in run["scores"]))
+    rows = [["", *(Path(run["run"]).name for run in found["runs"])]]
+    for name in names:
+        rows.append([name, *(_cell(run["scores"].get(name)) for run in found["runs"])])
+    for key in found["runs"][0]["budget"]:
+        rows.append([key, *(_said(run["budget"][key]) for run in found["runs"])])
+    rows.append(["seconds of training", *(f"{run['seconds']:.0f}" for run in found["runs"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines += ["", f"beside {found['runs'][0]['run']}:"]
+    for claim in found["claims"]:
+        words = (claim["why"] and f"not comparable: {claim['why']}") or VERDICTS[claim["outcome"]]
+        if claim["points"] is not None and claim["outcome"] in ("higher", "lower"):
+            words += f" by {abs(claim['points']):.1f} points"
+        lines.append(f"  {Path(claim['run']).name}, {claim['measure']}: {words}")
+    if found["unequal"]:
+        lines += ["", "budgets differ:", *(f"  {line}" for line in found["unequal"])]
+    for run in found["runs"]:
+        if not any(not cell["epochs"] for cell in run["scores"].values()):
+            lines.append(f"frozen features not scored: fastidmm evaluate {run['run']}")
+    return "\n".join(lines)
+
+
+def _cell(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "not run"
+    low, high = score["interval"]
+    return f"{percent(score['value'])} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,118 @@
+"""Runs side by side: their scores, what is claimed of them, and where their budgets differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Type, sentence
+from test_cli import typed as typed
+from toy_runs import recipe
+
+from fastidmm import compare, scoring, stages
+from fastidmm.record import Record
+
+STAGE = {"run.resolution": 16, "run.epochs": 2, "run.batch_size": 8}
+
+
+@pytest.fixture
+def runs(toy: str) -> list[Path]:
+    """Two runs of three epochs and one of one, each fine-tuned alike; the first is evaluated."""
+    folders = [Path("runs") / name for name in ("one", "two", "short")]
+    for seed, (folder, epochs) in enumerate(zip(folders, (3, 3, 1), strict=True)):
+        stages.pretrain(recipe(epochs=epochs, seed=seed), folder.name)
+        stages.finetune(folder, STAGE, [])
+    stages.finetune(folders[0], STAGE, [], pretrained=False)  # no part of the comparison
+    scoring.evaluate(folders[0])
+    return folders
+
+
+def tell(folder: Path, right: int, num: int) -> None:
+    """Have a stage's last metric line say that so many test images were right."""
+    path = folder / "metrics.jsonl"
+    *before, last = path.read_text().splitlines()
+    told = {**json.loads(last), "test_top1": right / num, "test_num": num}
+    path.write_text("\n".join([*before, json.dumps(told)]) + "\n")
+
+
+def test_scores_and_budgets_are_the_runs_own(runs: list[Path]) -> None:
+    found = compare.compare(runs)
+    one, two, short = found["runs"]
+    assert set(one["scores"]) == {
+        "kNN accuracy on frozen features",
+        "linear-probe accuracy on frozen features",
+        "fine-tuned accuracy at 16 px",
+    }
+    evaluation = json.loads((runs[0] / "evaluation.json").read_text())["scores"]["pretrained"]
+    assert one["scores"]["kNN accuracy on frozen features"]["value"] == evaluation["knn"]["value"]
+    tuned = one["scores"]["fine-tuned accuracy at 16 px"]
+    assert tuned["value"] == evaluation["finetuned_16"]["value"] and tuned["epochs"] == 2
+    assert set(two["scores"]) == {"fine-tuned accuracy at 16 px"}
+    assert one["budget"] == two["budget"] == {
+        "training images": 20,
+        "pretraining epochs": 3,
+        "pretraining px": 16,
+        "fine-tuning epochs": {16: 2},
+    }  # fmt: skip
+    spent = sum(Record(f).state["seconds"] for f in (runs[0], runs[0] / "finetune-16"))
+    assert one["seconds"] == round(spent, 1)
+    assert short["budget"]["pretraining epochs"] == 1
+    assert "pretraining epochs: 3 in runs/one, 1 in runs/short" in found["unequal"]
+    assert not any("epochs" in line and "runs/two" in line for line in found["unequal"])
+
+
+@pytest.mark.parametrize(
+    ("right", "outcome"), [((60, 40), "lower"), ((40, 60), "higher"), ((50, 55), "open")]
+)
+def test_only_what_a_test_finds_is_claimed(
+    runs: list[Path], right: tuple[int, int], outcome: str
+) -> None:
+    """Of 100 images, 60 and 40 differ at 5 % (z = 2.8), 50 and 55 do not (z = 0.7)."""
+    for folder, number in zip(runs, right, strict=False):
+        tell(folder / "finetune-16", number, 100)
+    found = compare.compare(runs[:2])
+    claims = {c["measure"]: c for c in found["claims"]}
+    tuned = claims["fine-tuned accuracy at 16 px"]
+    assert tuned["outcome"] == outcome
+    assert tuned["points"] == pytest.approx(right[1] - right[0])
+    assert claims["kNN accuracy on frozen features"]["outcome"] == "missing"
+    words = compare.as_text(found)
+    assert ("no difference can be claimed" in words) == (outcome == "open")
+
+
+def test_unequal_fine_tuning_and_other_images_are_no_comparison(runs: list[Path]) -> None:
+    stages.finetune(runs[1], {**STAGE, "run.epochs": 1}, [])
+    (claim,) = (c for c in compare.compare(runs[:2])["claims"] if "fine-tuned" in c["measure"])
+    assert claim["outcome"] == "unequal"
+    path = runs[2] / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "train_fingerprint": "other"}))
+    found: dict[str, Any] = compare.compare([runs[0], runs[2]])
+    claims = {c["why"] for c in found["claims"] if c["outcome"] != "missing"}
+    assert claims == {"other images"} and "not comparable: other images" in compare.as_text(found)
+
+
+def test_the_command_prints_a_column_a_run(typed: Type, runs: list[Path]) -> None:
+    status, out, _ = typed("compare", "one", "two", "short")
+    head, *rows = out.splitlines()
+    assert status == 0 and head.split() == ["one", "two", "short"]
+    assert any(
+        r.startswith("pretraining epochs") and r.split()[-3:] == ["3", "3", "1"] for r in rows
+    )
+    assert "budgets differ:" in rows
+    assert "frozen features not scored: fastidmm evaluate runs/two" in rows
+    status, out, _ = typed("compare", "one", "two", "--json")
+    assert status == 0 and [r["run"] for r in json.loads(out)["runs"]] == ["runs/one", "runs/two"]
+
+
+def test_wrong_uses(typed: Type, runs: list[Path]) -> None:
+    for words, message in (
+        (("one",), "two or more runs"),
+        (("one", "one"), "two or more runs"),
+        (("one", "nothing"), "no run at runs/nothing"),
+        (("one", "runs/two/finetune-16"), "is a stage; name its run: runs/two"),
+    ):
+        status, _, err = typed("compare", *words)
+        assert (status, message in sentence(err)) == (2, True), err
+    (runs[0] / "evaluation.json").write_text("{")
+    status, _, err = typed("compare", "one", "two")
+    assert status == 3 and "evaluate the run again" in sentence(err)
