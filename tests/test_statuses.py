@@ -95,10 +95,10 @@ def test_interrupted_and_resumable(
         return forward(self, batch)
 
     monkeypatch.setattr(IDMM, "forward", signalled)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a shell may have it ignored
+    before = signal.signal(number, signal.SIG_DFL)  # a shell may have it ignored
     try:
         status, _, err = typed("pretrain", *TINY, "--run", "mine")
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
     assert status == 75 and "`fastidmm resume runs/mine` goes on" in sentence(err)
     assert typed("resume", "mine")[0] == 0
