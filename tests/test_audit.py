@@ -146,6 +146,7 @@ def test_no_command_asks_the_net(audited: Audited) -> None:
         "doctor",
         "prepare --list",
         "prepare --dataset folder --from photos --name toy",
+        f"plan --dataset toy {TINY} --set finetune.resolution=16 --set finetune_high.epochs=0",
         f"pretrain --dataset toy --run one {TINY}",
         "finetune one --epochs 1 --batch-size 8 --resolution 16",
         "evaluate one",

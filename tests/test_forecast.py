@@ -15,7 +15,7 @@ from recorded import Recorded
 from test_capture import parts_of
 from test_cli import TINY, Type, sentence
 from test_cli import typed as typed
-from test_train import Killed, kill_before_update
+from toy_runs import Killed, kill_before_update
 
 from fastidmm import checkpoint, forecast, stages, train, trial
 from fastidmm.batch import Batch, Loss

@@ -7,9 +7,9 @@ import pytest
 import torch
 from synthetic import SMALL
 from torch import Tensor
+from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, optim, stages
-from fastidmm import step as stepping
+from fastidmm import checkpoint, stages
 from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
@@ -35,22 +35,6 @@ def outcome(run: Path) -> tuple[list[float], dict[str, Tensor]]:
     record = Record(run)
     (tensors,), _ = checkpoint.load(record.result, checkpoint.MODEL)
     return [line["loss"] for line in record.metrics()], tensors
-
-
-class Killed(Exception):
-    """Stands for a kill: nothing of ours may catch it."""
-
-
-def kill_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Raise in place of the update with that number."""
-    calls, update = iter(range(1000)), optim.update
-
-    def dying(*args: Any) -> Any:
-        if next(calls) == number:
-            raise Killed
-        return update(*args)
-
-    monkeypatch.setattr(stepping, "update", dying)
 
 
 @every_teacher

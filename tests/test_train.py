@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, optim, scoring, stages
-from fastidmm import step as stepping
+from fastidmm import checkpoint, scoring, stages
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.datasets.folder import Folder
@@ -54,22 +54,6 @@ def assert_same(run: str | Path, other: str | Path) -> None:
     assert losses == other_losses
     assert weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
-
-
-class Killed(Exception):
-    """Stands for a kill: nothing of ours may catch it."""
-
-
-def kill_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Raise in place of the update with that number."""
-    calls, update = iter(range(1000)), optim.update
-
-    def dying(*args: Any) -> Any:
-        if next(calls) == number:
-            raise Killed
-        return update(*args)
-
-    monkeypatch.setattr(stepping, "update", dying)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 8])

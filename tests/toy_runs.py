@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from synthetic import SMALL
 
-from fastidmm import checkpoint
+from fastidmm import checkpoint, optim
+from fastidmm import step as stepping
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 
@@ -17,6 +19,18 @@ HIGH = {"run.resolution": 32, "run.epochs": 7, "run.batch_size": 8}
 
 class Killed(Exception):
     """Stands for a kill: nothing of ours may catch it."""
+
+
+def kill_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Raise in place of the update with that number."""
+    calls, update = iter(range(1000)), optim.update
+
+    def dying(*args: Any) -> Any:
+        if next(calls) == number:
+            raise Killed
+        return update(*args)
+
+    monkeypatch.setattr(stepping, "update", dying)
 
 
 def recipe(**changes: Any) -> Recipe:

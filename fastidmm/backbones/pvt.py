@@ -21,19 +21,9 @@ def _pvt(name: str, resolution: int, drop_path: float) -> nn.Module:
     return model
 
 
-pvtv2_b0 = Backbone(
-    partial(_pvt, "pvt_v2_b0"),
-    multiple_of=1,
-    smallest=32,
-    lr=1e-3,
-    warmup_epochs=10,
-    weights="pvt_v2_b0",
-)
-pvtv2_b3 = Backbone(
-    partial(_pvt, "pvt_v2_b3"),
-    multiple_of=1,
-    smallest=32,
-    lr=1e-3,
-    warmup_epochs=10,
-    weights="pvt_v2_b3",
-)
+def _backbone(name: str) -> Backbone:
+    build = partial(_pvt, name)
+    return Backbone(build, multiple_of=1, smallest=32, lr=1e-3, warmup_epochs=10, weights=name)
+
+
+pvtv2_b0, pvtv2_b3 = _backbone("pvt_v2_b0"), _backbone("pvt_v2_b3")
