@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastidmm import checkpoint, evaluate
@@ -224,6 +225,7 @@ class Bench:
 @contextmanager
 def bench() -> Iterator[Bench]:
     """Somewhere to work, for a while; all that a child would import is imported here, once."""
+    torch.set_num_threads(1)  # a forked child would wait for OpenMP's others
     from fastidmm import cli, run, scoring, stages  # noqa: F401
     from fastidmm.backbones import vit  # noqa: F401
 

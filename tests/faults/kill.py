@@ -94,6 +94,7 @@ def main() -> None:
     told("promised 0 unreadable checkpoints", found.unreadable)
     told("promised at most an epoch (the cadence asked for) lost by a kill", f"{found.lost:g}")
     told(f"promised 0 workers alive {SOON:.0f} s after a kill", found.lingering)
+    raise SystemExit(bool(found.differing or found.unreadable or found.lingering))
 
 
 if __name__ == "__main__":

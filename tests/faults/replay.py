@@ -161,6 +161,7 @@ def main() -> None:
     told("promised 0 files of a run changed by a replay", found.touched)
     for each in found.broken:
         print(f"  broken: {each}")
+    raise SystemExit(bool(found.broken or found.touched))
 
 
 if __name__ == "__main__":

@@ -267,6 +267,9 @@ def main() -> None:
     told("promised 0 metric lines and weights that differ by a bit", found.differing)
     told(f"promised an end at once when asked twice, of {found.twice}", found.at_once)
     told("promised 75 of prepare, and the same bytes after", f"{status}, {same}, {seconds:.2f} s")
+    kept = found.status == found.sentence == found.stops and found.at_once == found.twice
+    kept = kept and not (found.lost or found.unreadable or found.differing)
+    raise SystemExit(not (kept and status == 75 and same))
 
 
 if __name__ == "__main__":
