@@ -15,7 +15,7 @@ from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
-from fastidmm.optim import Scaler, Schedule, adamw, lr_schedule
+from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
 from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
@@ -186,7 +186,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     method.steps_per_epoch = loader.steps_per_epoch
     method.num_steps = run.epochs * loader.steps_per_epoch
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
-    optimizer = adamw(method, recipe.optim, device)
+    optimizer = optimizer_over(method, recipe.optim, device, run.optimizer)
     # A method may need labels and still learn no classes.
     judged = split is None and method.classifier() is not None
     judge = judging_rows(recipe, store) if judged else None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastidmm.apex import counters
 from fastidmm.errors import DataError, unwritable
 from fastidmm.optim import Scaler
 from fastidmm.places import summed, unsummed
@@ -167,10 +168,13 @@ def _damage(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, scaler: Scaler | None) -> dict[str, Tensor]:
-    """An optimizer's state as flat names, parameter's number, then key; and fp16's scale."""
+    """An optimizer's state as flat names, parameter's number, then key; and fp16's scale.
+
+    What apex's keep besides is there by the names that `apex.counters` has for it.
+    """
     state = optimizer.state_dict()["state"]
     found = {f"{number}.{key}": t for number, table in state.items() for key, t in table.items()}
-    return found if scaler is None else found | scaler.tensors()
+    return found | counters(optimizer) | ({} if scaler is None else scaler.tensors())
 
 
 def load_optimizer(
@@ -181,6 +185,7 @@ def load_optimizer(
     if scaler is not None:
         for name, kept in scaler.tensors().items():
             kept.copy_(tensors.pop(name))
+    counted = {name: tensors.pop(name) for name in counters(optimizer)}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -193,6 +198,8 @@ def load_optimizer(
         state.setdefault(int(number), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for name, count in counters(optimizer).items():
+        count.copy_(counted[name])
 
 
 def _sha256(path: Path) -> str:

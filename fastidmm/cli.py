@@ -26,6 +26,7 @@ from fastidmm.options import (
     JsonOption,
     LoaderOption,
     MethodOption,
+    OptimizerOption,
     PrecisionOption,
     RecipeOption,
     ResolutionOption,
@@ -117,6 +118,7 @@ def pretrain(
     seed: SeedOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
     init: InitOption = None,
@@ -133,7 +135,7 @@ def pretrain(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact, holdout=holdout, init=init,
+        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, init=init,
     )  # fmt: skip
     found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -154,6 +156,7 @@ def finetune(
     seed: SeedOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
     scratch: Annotated[
@@ -171,7 +174,7 @@ def finetune(
     settings = recipe_settings(
         dataset=dataset, resolution=resolution, epochs=epochs, batch_size=batch_size,
         backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
-        exact=exact, holdout=holdout,
+        optimizer=optimizer, exact=exact, holdout=holdout,
     )  # fmt: skip
     folder = _run(named or run)
     if dataset is None:
@@ -221,6 +224,7 @@ def run_all(
     seed: SeedOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
     run: RunOption = None,
@@ -237,7 +241,7 @@ def run_all(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact, holdout=holdout,
+        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout,
     )  # fmt: skip
     found = run_all_stages(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")

@@ -15,6 +15,7 @@ from fastidmm.options import (
     JsonOption,
     LoaderOption,
     MethodOption,
+    OptimizerOption,
     PrecisionOption,
     RecipeOption,
     ResolutionOption,
@@ -38,6 +39,7 @@ def plan(
     seed: SeedOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
     price: Annotated[
@@ -56,7 +58,7 @@ def plan(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, exact=exact, holdout=holdout,
+        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout,
     )  # fmt: skip
     asked = recipe_of(recipe, settings, assignments)
     found = forecasts(asked)

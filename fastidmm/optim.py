@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastidmm.apex import apex
 from fastidmm.batch import Method, Options
 
 Schedule = Callable[[Tensor], Tensor]
@@ -44,12 +45,20 @@ def lr_schedule(options: OptimOptions, *, epochs: int, steps_per_epoch: int) -> 
     return lr
 
 
-def adamw(method: Method, options: OptimOptions, device: torch.device) -> torch.optim.AdamW:
-    """torch's fused AdamW over the method's parameter groups, the rate a tensor on the device."""
+def optimizer_over(
+    method: Method, options: OptimOptions, device: torch.device, name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """An optimizer over the method's parameter groups, the rate a tensor on the device.
+
+    torch's fused AdamW, or one of apex's by the recipe's name of it.
+    """
     groups = method.param_groups()
     for group in groups:
         if "decay" in group:
             group["weight_decay"] = 0.0  # a number for torch, which a capture would keep
+    if name != "adamw":
+        own = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+        return apex(name, groups, device, **own)
     optimizer = torch.optim.AdamW(
         groups,
         lr=torch.zeros((), device=device),

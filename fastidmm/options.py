@@ -34,6 +34,9 @@ ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a cro
 SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")]
+OptimizerOption = Annotated[
+    str | None, typer.Option(help="adamw, or apex's fused_adam or fused_lamb.")
+]
 InitOption = Annotated[
     str | None, typer.Option("--init", help="timm, or a checkpoint's folder seen from the run's.")
 ]

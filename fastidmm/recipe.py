@@ -37,6 +37,7 @@ class RunOptions(Options):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    optimizer: Literal["adamw", "fused_adam", "fused_lamb"] = "adamw"  # the last two are apex's
     exact: bool = False
     capture: bool = True  # on a GPU, whole steps as CUDA graphs
     compile: bool = False  # the backbone by torch.compile: it takes a minute, long runs win it back

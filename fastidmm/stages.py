@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastidmm.apex import check
 from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
 from fastidmm.batch import Options
@@ -22,8 +23,8 @@ from fastidmm.train import train
 
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
-    "dataset", "backbone", "loader", "seed", "device", "precision", "exact", "capture", "compile",
-    "num_images", "holdout", "patience", "score_every",
+    "dataset", "backbone", "loader", "seed", "device", "precision", "optimizer", "exact", "capture",
+    "compile", "num_images", "holdout", "patience", "score_every",
 )  # fmt: skip
 
 
@@ -36,8 +37,10 @@ def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
 
 def begun(folder: Path, recipe: Recipe) -> Record:
     """The record of a recipe in a new folder. What cannot be done is said before."""
+    device = device_of(recipe.run.device)
+    check(recipe.run.optimizer, device)
     store = training_rows(recipe)
-    recipe, why = settled(recipe, store, device_of(recipe.run.device))
+    recipe, why = settled(recipe, store, device)
     if why:
         say(why)
     find("loader", recipe.run.loader).check(store)

@@ -208,8 +208,8 @@ def _tensors_differ(then: Tables, parts: Parts) -> str:
         moments = {}
         for name, tensor in optimizer.items():
             number, _, key = name.partition(".")
-            of = f" of {params[int(number)]}" if number.isdecimal() else ""
-            moments[f"{key}{of}"] = tensor
+            told = f"{key} of {params[int(number)]}" if number.isdecimal() else name
+            moments[told] = tensor
         return {name: t.detach().cpu() for name, t in {**model, **moments}.items()}
 
     before = flat(*then)

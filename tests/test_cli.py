@@ -152,6 +152,8 @@ def test_wrong_ways_to_prepare(
         (["--device", "cuda:7"], "no such GPU"),
         (["--device", "gpu"], "choose auto, cpu, cuda"),
         (["--precision", "fp8"], "run.precision = 'fp8'"),
+        (["--optimizer", "fused_lamb"], "needs an NVIDIA GPU"),
+        (["--optimizer", "lamb"], "run.optimizer = 'lamb'"),
         (["--loader", "residence"], "did you mean 'resident'"),
         (["--set", "run.num_images=21"], "the store has 20"),
         (["--run", "a/../.b"], "cannot name a run"),

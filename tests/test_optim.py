@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastidmm.batch import Method
-from fastidmm.optim import OptimOptions, Scaler, adamw, lr_schedule, update
+from fastidmm.optim import OptimOptions, Scaler, lr_schedule, optimizer_over, update
 
 STEPS = 8  # an epoch
 
@@ -89,7 +89,7 @@ def test_updates_are_adamws(dtype: torch.dtype, tolerance: float) -> None:
     """With a rate that changes every step, starting from 0 as the schedules do."""
     options = OptimOptions(lr=1.0, weight_decay=0.05, betas=(0.8, 0.95), eps=1e-6)
     ours, truth = Line(dtype), Line(torch.float64)
-    optimizer = adamw(ours, options, torch.device("cpu"))
+    optimizer = optimizer_over(ours, options, torch.device("cpu"))
     plain = torch.optim.AdamW(
         truth.parameters(), betas=(0.8, 0.95), eps=1e-6, weight_decay=0.05, foreach=False
     )
@@ -116,7 +116,7 @@ def test_updates_are_adamws(dtype: torch.dtype, tolerance: float) -> None:
 def test_what_is_not_finite_is_skipped(where: str, value: float, first: int) -> None:
     """Parameters, moments and the count of steps stay as they were, and training goes on."""
     methods = Line(torch.float32), Line(torch.float32)
-    optimizers = [adamw(m, OptimOptions(lr=1.0), torch.device("cpu")) for m in methods]
+    optimizers = [optimizer_over(m, OptimOptions(lr=1.0), torch.device("cpu")) for m in methods]
     lr = torch.tensor(0.1)
     for step in range(4):
         for method, optimizer in zip(methods, optimizers, strict=True):
@@ -155,7 +155,7 @@ class Careful(Line):
 def test_tensors_are_clipped_and_decay_follows_its_schedule() -> None:
     """Against torch's own functions; a skipped step decays nothing, a frozen tensor not at all."""
     ours, truth = Careful(torch.float64), Careful(torch.float64)
-    optimizer = adamw(ours, OptimOptions(lr=1.0, weight_decay=9.0), torch.device("cpu"))
+    optimizer = optimizer_over(ours, OptimOptions(lr=1.0, weight_decay=9.0), torch.device("cpu"))
     groups = [{"params": [p], "weight_decay": 0.0} for p in (truth.layer.weight, truth.layer.bias)]
     plain = torch.optim.AdamW(groups, foreach=False)
     for step, lr in enumerate((0.25, 0.125, 0.0625)):
@@ -187,7 +187,7 @@ def test_scaled_gradients_are_divided_again(clipping: bool) -> None:
     kind = Careful if clipping else Line
     ours, plain = kind(torch.float32), kind(torch.float32)
     cpu = torch.device("cpu")
-    optimizers = [adamw(m, OptimOptions(lr=1.0), cpu) for m in (ours, plain)]
+    optimizers = [optimizer_over(m, OptimOptions(lr=1.0), cpu) for m in (ours, plain)]
     scaler = Scaler(cpu)
     for step in range(3):
         at, lr = torch.tensor(step), torch.tensor(0.1)
