@@ -1,13 +1,17 @@
 """What a stage will take: from the costs of single events to its seconds, and as it trains."""
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from fastidmm.preparing.files import naming, write_whole
 from fastidmm.progress import Clock, say
 
+FORECAST = "forecast.json"
 WARM_UP = 5  # steps whose time says little: memory is found, kernels are compiled
 STEPS, INTERVALS = 20, 3  # to have seen beyond them, and between so many metric lines
 BACKWARD = 3  # a training step takes a crop three times as long as a look at it, roughly
@@ -233,6 +237,22 @@ class Outlook:
             took = time.perf_counter() - when
             say(f"forecast {spell(seconds)}, took {spell(took)}")
             self.told = {"forecast_seconds": round(seconds, 1), "forecast_took": round(took, 1)}
+
+
+def keep(folder: Path, told: dict[str, float]) -> None:
+    """Leave in a stage's folder what it had forecast, and what came of it."""
+    path = folder / FORECAST
+    with naming(path):
+        write_whole(path, json.dumps(told))
+
+
+def kept(folder: Path) -> dict[str, float]:
+    """The same again; empty where nothing was forecast, or it cannot be read."""
+    try:
+        found = json.loads((folder / FORECAST).read_text())
+        return {key: float(found[key]) for key in ("forecast_seconds", "forecast_took")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def middle_mean(values: Sequence[float]) -> float:

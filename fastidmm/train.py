@@ -12,7 +12,7 @@ from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
 from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
-from fastidmm.forecast import Course, Outlook
+from fastidmm.forecast import Course, Outlook, keep
 from fastidmm.interrupt import Left, Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.record import Record, plain
@@ -51,6 +51,8 @@ def train(record: Record) -> dict[str, float]:
             if stop.requested:
                 at = f"stopped at step {parts.state.step}"
                 raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
+            if outlook.told:
+                keep(record.folder, outlook.told)
             return outlook.told
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(

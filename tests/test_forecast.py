@@ -20,7 +20,7 @@ from toy_runs import Killed, kill_before_update
 from fastidmm import checkpoint, forecast, stages, train, trial
 from fastidmm.batch import Batch, Loss
 from fastidmm.capture import Captured
-from fastidmm.forecast import Costs, Course, Events, Forecast, Outlook, spell, total
+from fastidmm.forecast import Costs, Course, Events, Forecast, Outlook, kept, spell, total
 from fastidmm.methods.idmm import IDMM
 from fastidmm.progress import Clock
 from fastidmm.recipe import Recipe
@@ -180,11 +180,14 @@ def test_a_run_tells_its_forecast_and_what_came_of_it(
     )
     assert 0 < found["forecast_took"] <= found["seconds"]
     assert "forecast_seconds" not in stages.resume(Path("runs/whole"))[0]  # nothing was left
+    assert kept(Path("runs/whole")) == {key: v for key, v in found.items() if "forecast" in key}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before_update(patch, 22)
         stages.pretrain(recipe(), "killed")
     assert "forecast" not in capsys.readouterr().err
+    assert kept(Path("runs/killed")) == {}
     assert "forecast_seconds" in stages.resume(Path("runs/killed"))[0]
+    assert kept(Path("runs/killed"))["forecast_took"] >= 0
     assert " for the 5 steps left" in capsys.readouterr().err  # from the checkpoint of step 20
 
 
