@@ -208,6 +208,13 @@ class Method(nn.Module):
         """The loss of who cannot tell anything apart; None: not known."""
         return None
 
+    def own_losses(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Each image's loss, and the likeliest other row, by features (C, D) and rows (C,).
+
+        None: this method tells no image from the others.
+        """
+        return None
+
     def can_be_cut(self) -> bool:
         """Whether a batch's gradient is the sum of its micro-batches', whatever the backbone."""
         norms = (nn.modules.batchnorm._BatchNorm,)

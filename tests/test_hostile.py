@@ -191,6 +191,9 @@ def page_of(name: str, evil: str) -> Tags:
     started |= {"command": ["fastidmm", evil], evil: evil}
     (run / "environment.json").write_text(json.dumps(started))
     (run / "recipe.toml").write_text((run / "recipe.toml").read_text() + f"# {evil}\n")
+    # The same numbers, so that curves have as many ticks.
+    line = {"epoch": 1, "step": 1, "loss": 3.5, "skipped": 0.0, evil: 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return Tags(write(run).read_text())
 
 
@@ -201,6 +204,7 @@ def test_no_name_becomes_an_element(home: Path) -> None:
 
 
 TEMPLATES = sorted({p for f in ("fastidmm", "bench") for p in (ROOT / f).rglob("*.j2")})
+PAGES = [path for path in TEMPLATES if "<html" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -210,7 +214,11 @@ def test_a_template_lets_nothing_through(path: Path) -> None:
     for script in re.findall(r"(?s)<script.*?</script>", text):
         values = re.findall(r"{{(.*?)}}", script)
         assert all(re.search(r"\|\s*tojson\s*$", value) for value in values)
-    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    policies = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    if path not in PAGES:  # a part of one
+        assert not policies and not re.search(r"<(script|style|meta|link)\b", text)
+        return
+    (policy,) = policies
     allowed = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert allowed.pop("default-src") == "'none'"
     known = {"img-src": {"data:"}, "style-src": {"'unsafe-inline'"}, "script-src": None}
@@ -226,4 +234,4 @@ def test_every_page_escapes_by_itself() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Environment"):
                 assert "autoescape=True" in [ast.unparse(word) for word in node.keywords], path
                 escaped += 1
-    assert escaped >= len(TEMPLATES) > 1
+    assert escaped >= len(PAGES) > 1

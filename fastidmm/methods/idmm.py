@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import nn
+from torch import Tensor, nn
 
 from fastidmm.batch import (
     IMAGENET_STD,
@@ -89,6 +89,19 @@ class IDMM(Method):
     def guessing(self) -> float:
         """Every image as likely as any other, for each group of crops."""
         return len(self.views) * math.log(self.head.out_features)
+
+    def own_losses(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of who is plainly seen, smoothed as in training."""
+        losses, others = [], []
+        for z, own in zip(features.split(1024), rows.split(1024), strict=True):
+            logits = self.head(z)
+            losses.append(
+                nn.functional.cross_entropy(
+                    logits, own, label_smoothing=self.smoothing, reduction="none"
+                )
+            )
+            others.append(logits.scatter(1, own[:, None], -torch.inf).argmax(dim=1))
+        return torch.cat(losses), torch.cat(others)
 
     def forward(self, batch: Batch) -> Loss:
         """The sum of the groups' means: a large crop weighs num_small / num_large small ones."""

@@ -67,14 +67,15 @@ def measures(scores: dict[str, Any]) -> list[Measure]:
     """All measures of an evaluation; fine-tuning has a row even where it was not run."""
     keys = dict.fromkeys([*FROZEN, *(key for arm in ARMS for key in scores.get(arm, {}))])
     found = [
-        Measure(_name(key), *(_arm(scores.get(arm, {}).get(key)) for arm in ARMS)) for key in keys
+        Measure(title(key), *(_arm(scores.get(arm, {}).get(key)) for arm in ARMS)) for key in keys
     ]
     if not any(key.startswith(FINETUNED) for key in keys):
         found.append(Measure("fine-tuned accuracy"))
     return found
 
 
-def _name(key: str) -> str:
+def title(key: str) -> str:
+    """What an evaluation measures under a key, in words."""
     if key.startswith(FINETUNED):
         return f"fine-tuned accuracy at {key.removeprefix(FINETUNED)} px"
     return FROZEN.get(key, key)

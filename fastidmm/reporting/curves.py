@@ -1,8 +1,9 @@
 """Curves as inline SVG, coloured by the page's style sheet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -38,6 +39,7 @@ def chart(title: str, series: Sequence[Series], *, unit: str = "") -> Markup:
         *(_across(scale.y(value), f"{value:g}{unit}") for value in y_ticks),
         *(_text(scale.x(value), BOTTOM + 17, f"{value:g}", "label middle") for value in x_ticks),
         *(_curve(s, scale, number) for number, s in enumerate(drawn)),
+        *_pointed_at(drawn, scale, unit),
         *(_legend(text, number, len(last)) for number, text in enumerate(last)),
     ]
     return Markup('<svg class="chart" role="img" viewBox="0 0 {} {}">{}</svg>').format(
@@ -88,6 +90,27 @@ def _curve(series: Series, scale: _Scale, number: int) -> Markup:
         return line
     dot = Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2.5"/>')
     return line + Markup("").join(dot.format(number % 4, x, y) for x, y in places)
+
+
+def _pointed_at(drawn: Sequence[Series], scale: _Scale, unit: str) -> Iterator[Markup]:
+    """A band for each epoch with points, whose values the style sheet shows to who points at it."""
+    values = [{x: f"{y:.4g}{unit}" for x, y in s.points} for s in drawn]
+    places = sorted({x for told in values for x in told})
+    middles = [(scale.x(a) + scale.x(b)) / 2 for a, b in pairwise(places)]
+    edges = [float(LEFT), *middles, float(RIGHT)]
+    for x, (left, right) in zip(places, pairwise(edges), strict=True):
+        told = Markup(" · ").join(
+            Markup('<tspan class="s{}">{}</tspan>').format(number % 4, of_it.get(x, "none"))
+            for number, of_it in enumerate(values)
+        )
+        shown = Markup("epoch {}: {}").format(f"{x:.4g}", told)
+        band = Markup('<rect x="{:.1f}" width="{:.1f}" y="{}" height="{}"/>')
+        cursor = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
+        yield Markup('<g class="at">{}{}{}</g>').format(
+            band.format(left, right - left, TOP, BOTTOM - TOP),
+            cursor.format(scale.x(x), TOP, BOTTOM),
+            _text(LEFT, HEIGHT - 6, shown, "label"),
+        )
 
 
 def _across(y: float, text: str) -> Markup:

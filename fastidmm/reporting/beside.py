@@ -1,0 +1,98 @@
+"""A run beside others on the same images, and what each of its stages took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastidmm import checkpoint
+from fastidmm.compare import Compared
+from fastidmm.forecast import kept
+from fastidmm.record import RECIPE, Record
+from fastidmm.reporting.claims import Arm, Measure, Outcome
+from fastidmm.reporting.commands import Stage
+
+MOST_RUNS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A score of another run, and what can be claimed of it beside this run's."""
+
+    arm: Arm
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A run on the same images."""
+
+    name: str
+    what: str
+    epochs: int
+    seconds: float
+    knn: float | None  # on training labels, as last logged
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """This run and then the others, the newest first, by the measures that any has."""
+
+    measures: tuple[str, ...]
+    rows: tuple[Other, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A stage: what it took, and what it had forecast after its first steps."""
+
+    stage: Stage
+    seconds: float
+    forecast: dict[str, float]
+
+
+def others(run: Path) -> Others:
+    """The run beside its neighbours in ./runs, or wherever it lies."""
+    recipes = [p for p in run.parent.glob(f"[!.]*/{RECIPE}") if p.parent.name != run.name]
+    newest = sorted(recipes, key=lambda p: p.stat().st_mtime, reverse=True)
+    this = Compared.of(run)
+    found = [this]
+    for path in newest:
+        try:
+            other = Compared.of(path.parent)
+        except Exception:  # whatever lies in another's folder, it costs this page nothing
+            continue
+        if other.images == this.images:
+            found.append(other)
+    found = found[: MOST_RUNS + 1]
+    names = tuple(dict.fromkeys(name for other in found for name in other.scores))
+    return Others(names, tuple(_row(other, this, names) for other in found))
+
+
+def _row(other: Compared, this: Compared, names: Sequence[str]) -> Other:
+    record = Record(other.folder)
+    recipe, lines = record.recipe.run, record.metrics()
+    told = [line["knn_top1"] for line in lines if line.get("knn_top1") is not None]
+    cells = []
+    for name in names:
+        arm = other.scores.get(name)
+        outcome = Measure(name, arm, this.scores.get(name)).outcome
+        cells.append(Cell(arm, outcome) if arm else None)
+    return Other(
+        name=other.folder.name,
+        what=f"{recipe.backbone}, {recipe.method}",
+        epochs=recipe.epochs,
+        seconds=other.seconds,
+        knn=told[-1] if told else None,
+        cells=tuple(cells),
+    )
+
+
+def taken(stages: Sequence[Stage]) -> list[Taken]:
+    """What the stages of a run took."""
+    return [Taken(stage, _seconds(stage), kept(stage.record.folder)) for stage in stages]
+
+
+def _seconds(stage: Stage) -> float:
+    newest = checkpoint.newest(stage.record.checkpoints)
+    return float(checkpoint.load(newest)[1]["seconds"]) if newest else 0.0
