@@ -33,7 +33,7 @@ faults: setup  ## what is promised of kills, signals, faults and mistakes, and w
 	@for file in tests/faults/*.py; do \
 		grep -q __main__ $$file || continue; echo "$$file"; $(BIN)/python $$file || exit 1; \
 	done
-	@for subject in hostile audit statuses releases golden; do \
+	@for subject in hostile audit live statuses releases golden; do \
 		echo "tests of $$subject"; \
 		$(BIN)/python -m pytest -q -m "not gpu" -k $$subject tests | tail -n 1 || exit 1; \
 	done

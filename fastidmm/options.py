@@ -59,7 +59,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
     """Print to stdout what was asked for."""
-    print(json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text())
+    shown = json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text()
+    print(shown, flush=True)
 
 
 def recipe_settings(**flags: Any) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from test_report import home as home
 from test_report import noise, text
 from test_report import page as page
 from test_report import run as run
+from torch import nn
 
 from fastidmm import checkpoint, scoring
 from fastidmm.assemble import assemble
 from fastidmm.forecast import FORECAST, keep
+from fastidmm.methods.idmm import IDMM, IDMMOptions
 from fastidmm.record import METRICS, Record
 from fastidmm.reporting.curves import BOTTOM, LEFT, RIGHT, Series, chart
 from fastidmm.reporting.inside import ASKED, NEAREST, SIDE, WORST, inside
@@ -103,6 +105,21 @@ def test_neighbours_and_worst_fitted_are_those_of_float64(run: Path) -> None:
         assert logits[own, names.index(unfit.like.name)] == pytest.approx(
             logits[own].max(), abs=5e-3
         )
+
+
+def test_the_likeliest_other_is_never_the_image_itself() -> None:
+    """By hand: logits of 5, 2.6, 0; of 0, 5.1, 1; and of 0, 0.1, 5."""
+    backbone = nn.Identity()
+    backbone.num_features = 3  # type: ignore[assignment]
+    method = IDMM(backbone, IDMMOptions(), resolution=16, num_rows=3)
+    with torch.no_grad():
+        method.head.weight.copy_(torch.tensor([[1, 0, 0], [0.5, 1, 0], [0, 0.2, 1]]))
+        method.head.bias.copy_(torch.tensor([0, 0.1, 0]))
+        losses, likely = method.own_losses(5 * torch.eye(3), torch.arange(3))
+    assert likely.tolist() == [1, 2, 1]
+    logits = np.array([[5, 2.6, 0], [0, 5.1, 1], [0, 0.1, 5]])
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert losses.tolist() == pytest.approx(list(-0.9 * np.diag(logs) - 0.1 * logs.mean(axis=1)))
 
 
 def test_a_look_has_bounds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +202,9 @@ def test_other_runs_on_the_same_images_stand_beside(copy: Path, run: Path) -> No
     other = Path(shutil.copytree(copy, copy.with_name("other")))
     lines = (other / METRICS).read_text().splitlines()
     last = {**json.loads(lines[-1]), "knn_top1": 0.25}
-    (other / METRICS).write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    first = {**json.loads(lines[0]), "knn_top1": 0.75}
+    told = [json.dumps(first), *lines[1:-1], json.dumps(last)]
+    (other / METRICS).write_text("\n".join(told) + "\n")
     evaluation = json.loads((other / scoring.EVALUATION).read_text())
     evaluation["scores"]["pretrained"]["knn"]["correct"] = 0
     (other / scoring.EVALUATION).write_text(json.dumps(evaluation))
