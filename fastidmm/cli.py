@@ -341,8 +341,11 @@ def _finished(found: dict[str, Any], following: str) -> str:
                 share = f"{100 * best['value']:.1f} % in epoch {best['epoch']}"
                 numbers.append(f"best {share}, selected on {split} images")
     first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
-    first = ", ".join([first, *numbers])
-    return "\n".join([first, *([f"next: {following}"] if following else [])])
+    lines = [", ".join([first, *numbers])]
+    if rises := found.get("knn_top1_rises"):
+        longer = f"--epochs {2 * found['epochs']} may do better"
+        lines.append(f"knn top1 still rises {100 * rises:.1f} points per 100 epochs: {longer}")
+    return "\n".join([*lines, *([f"next: {following}"] if following else [])])
 
 
 def main() -> None:

@@ -140,6 +140,20 @@ def draw(
     return Plan(rows, tuple(plans), when[1], epoch)
 
 
+def unmixed(
+    sizes: tuple[Tensor, Tensor],
+    group: ViewGroup,
+    counters: Counters,
+    rows: Tensor,
+    *,
+    view: int,
+    epoch: int,
+) -> GroupPlan:
+    """A crop of each of these rows, by itself: what a group that mixes nothing makes of them."""
+    views = torch.full((1,), view, device=rows.device)
+    return _draw_group(group, "none", rows, views, sizes, counters, (epoch, 0, 0), 1)
+
+
 def _draw_group(
     group: ViewGroup,
     mix: Mix,

@@ -15,6 +15,7 @@ from fastidmm.evaluate import Score
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
 from fastidmm.progress import SHOWN, say
+from fastidmm.quality import rising
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
 from fastidmm.registry import find
@@ -200,6 +201,11 @@ def summary(record: Record) -> dict[str, Any]:
         "checkpoint": str(record.result),
         **{key: last[key] for key in SHOWN if key in last},
     }
+    if recipe.run.method != "supervised":
+        seen = [
+            (line["epoch"], line["knn_top1"]) for line in record.metrics() if "knn_top1" in line
+        ]
+        found |= {"knn_top1_rises": per_100} if (per_100 := rising(seen)) else {}
     for split in ("test", "holdout"):
         # The last line may be one that damage took.
         if f"{split}_num" in last and (top := best(record, split)):

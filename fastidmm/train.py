@@ -15,10 +15,11 @@ from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.forecast import Course, Outlook
 from fastidmm.interrupt import Left, Stop, stoppable
 from fastidmm.progress import Clock, Progress, say
+from fastidmm.quality import alignment, rankme, retrieval, spread, two_crops, uniformity
 from fastidmm.record import Record, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
-from fastidmm.watch import Watch, spread
+from fastidmm.watch import Watch
 
 MEMORY_OF_STRIKES = 100  # steps
 
@@ -66,7 +67,7 @@ def course_of(parts: Parts) -> Course:
         len(parts.store),
         run.batch_size,
         run.epochs,
-        knn=every.knn if parts.store.num_classes > 1 else 0,
+        knn=every.knn,
         score=every.score if parts.judge is not None else 0,
         checkpoint=every.checkpoint,
     )
@@ -231,12 +232,12 @@ def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, An
 def looks(
     parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool
 ) -> dict[str, float]:
-    """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
+    """What a metric line says of features, and of a classifier, when due."""
     found: dict[str, float] = {}
     step = parts.state.step
-    if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
+    if done or every.due(step, every.knn):
         with beside(parts, clock, "knn"):
-            found |= online_knn(parts, stop)
+            found |= features_seen(parts, stop)
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
         with beside(parts, clock, "score"):
@@ -247,8 +248,8 @@ def looks(
     return found
 
 
-def online_knn(parts: Parts, stop: Stop) -> dict[str, float]:
-    """Leave-one-out kNN top-1 on the training labels, and how far images' features are apart.
+def features_seen(parts: Parts, stop: Stop) -> dict[str, float]:
+    """What the training images' features look like; with labels, their leave-one-out kNN top-1.
 
     The test split is never looked at.
     """
@@ -260,8 +261,21 @@ def online_knn(parts: Parts, stop: Stop) -> dict[str, float]:
         dtype=parts.dtype,
         stop=stop,
     )
-    found = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
-    return {"knn_top1": score(found, store.label).value, "spread": spread(features)}
+    found = {}
+    if store.num_classes > 1:
+        near = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
+        found["knn_top1"] = score(near, store.label).value
+    found |= {
+        "spread": spread(features),
+        "rankme": rankme(features),
+        "uniformity": uniformity(features),
+    }
+    if parts.method.classifier() is None:  # else classes are learnt, and not to tell images apart
+        one, other = two_crops(
+            parts.method.backbone_for_export(), store, parts.method.views[0], run.seed, parts.dtype
+        )
+        found |= {"alignment": alignment(one, other), "retrieval_top1": retrieval(one, other)}
+    return found
 
 
 def classified(parts: Parts, store: Store, stop: Stop) -> Score:
