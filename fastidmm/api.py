@@ -42,6 +42,7 @@ class Flags(TypedDict, total=False):
     optimizer: str
     exact: bool
     holdout: float  # share of the training images
+    log: str  # tensorboard or wandb
     init: str
     num_images: int
 
@@ -59,6 +60,7 @@ class StageFlags(TypedDict, total=False):
     optimizer: str
     exact: bool
     holdout: float
+    log: str
 
 
 class Run:

@@ -25,6 +25,7 @@ from fastidmm.options import (
     InitOption,
     JsonOption,
     LoaderOption,
+    LogOption,
     MethodOption,
     OptimizerOption,
     PrecisionOption,
@@ -121,6 +122,7 @@ def pretrain(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
@@ -136,6 +138,7 @@ def pretrain(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
         precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, init=init,
+        log=log,
     )  # fmt: skip
     found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
@@ -159,6 +162,7 @@ def finetune(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
@@ -174,7 +178,7 @@ def finetune(
     settings = recipe_settings(
         dataset=dataset, resolution=resolution, epochs=epochs, batch_size=batch_size,
         backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
-        optimizer=optimizer, exact=exact, holdout=holdout,
+        optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
     folder = _run(named or run)
     if dataset is None:
@@ -227,6 +231,7 @@ def run_all(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -241,7 +246,7 @@ def run_all(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout,
+        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
     found = run_all_stages(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")

@@ -40,6 +40,7 @@ OptimizerOption = Annotated[
 InitOption = Annotated[
     str | None, typer.Option("--init", help="timm, or a checkpoint's folder seen from the run's.")
 ]
+LogOption = Annotated[str | None, typer.Option(help="tensorboard or wandb: curves there, too.")]
 HoldoutOption = Annotated[
     float | None,
     typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),

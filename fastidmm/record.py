@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Record:
         self._waiting: deque[tuple[dict[str, Any], torch.cuda.Event | None]] = deque()
         self._begun: dict[str, str] = {}  # sums of what never changes
         self._told, self._num_bytes = hashlib.sha256(), 0  # of the metric lines written
+        self.tell: Callable[[list[dict[str, Any]]], None] = lambda lines: None  # of them, to others
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, store: Store) -> "Record":
@@ -219,6 +220,7 @@ class Record:
             with naming(path), path.open("a") as file:
                 file.write(text)
             self._count(text)
+            self.tell(written)
         if wait:
             with naming(self.folder / METRICS):
                 checkpoint.sync(self.folder / METRICS)

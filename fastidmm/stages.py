@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastidmm import logs
 from fastidmm.apex import check
 from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
@@ -25,7 +26,7 @@ from fastidmm.train import train
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
     "dataset", "backbone", "loader", "seed", "device", "precision", "optimizer", "exact", "capture",
-    "compile", "num_images", "holdout", "patience", "score_every",
+    "compile", "num_images", "holdout", "patience", "score_every", "log",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def begun(folder: Path, recipe: Recipe) -> Record:
     """The record of a recipe in a new folder. What cannot be done is said before."""
     device = device_of(recipe.run.device)
     check(recipe.run.optimizer, device)
+    logs.check(recipe.run.log)
     store = training_rows(recipe)
     recipe, why = settled(recipe, store, device)
     if why:

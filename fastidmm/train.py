@@ -14,6 +14,7 @@ from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.forecast import Course, Outlook
 from fastidmm.interrupt import Left, Stop, stoppable
+from fastidmm.logs import told
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.quality import alignment, rankme, retrieval, spread, two_crops, uniformity
 from fastidmm.record import Record, plain
@@ -34,7 +35,7 @@ def train(record: Record) -> dict[str, float]:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
         return {}
     try:
-        with record.locked(), stoppable() as stop:
+        with record.locked(), told(record), stoppable() as stop:
             parts = assemble(record)
             restore(parts)
             run = parts.recipe.run
