@@ -12,6 +12,7 @@ import typer
 from fastidmm.cli_bench import bench
 from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
+from fastidmm.cli_runs import app as runs
 from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
     BackboneOption,
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(runs, name="runs")
 
 
 @app.command()
