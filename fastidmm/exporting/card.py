@@ -53,7 +53,8 @@ session = onnxruntime.InferenceSession("{name}/model.onnx")
 ({gives},) = session.run(None, {{"images": images.numpy()}})  # (1, {width})
 """
 NAMES = """\
-names = json.loads(open("{name}/config.json").read())["label_names"]
+with open("{name}/config.json") as file:
+    names = json.load(file)["label_names"]
 print(names[int({gives}.argmax())])
 """
 

@@ -62,7 +62,8 @@ def _write_timm(found: Learnt, folder: Path) -> None:
         for place in (places,) if isinstance(places, str) else places:
             tensors |= {f"{place}.{key}": t for key, t in found.head.state_dict().items()}
     # As bytes: safetensors tells a full disk in words of its own. transformers asks for the format.
-    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    plain = torch.contiguous_format
+    whole = {key: tensor.clone(memory_format=plain) for key, tensor in tensors.items()}
     (folder / FORMS["timm"].file).write_bytes(save(whole, metadata={"format": "pt"}))
 
 
