@@ -214,5 +214,5 @@ def test_features_of_a_refused_file_are_no_half_a_file(
     with pytest.raises(OSError, match=r"features\.npz"):
         embed("toy")
     assert not list(Path().glob("*features*")) and not list(Path().glob(".features*"))
-    with pytest.raises(UsageError):
-        embed("toy", Path("features"))
+    with pytest.raises(UsageError, match="a file is in the way"):
+        embed("toy", Path("photos/test/class0/000.png/features.npz"))

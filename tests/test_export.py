@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exports
 import pytest
 import timm
 import torch
+import trials
 from made_runs import made_run, noise, save, stir
 from PIL import Image
 from safetensors import safe_open
@@ -234,6 +236,18 @@ def test_the_card_tells_scores_of_these_very_weights(toy: str) -> None:
     assert "Not evaluated on test images." in Path("others/README.md").read_text()
 
 
+def test_an_export_that_is_killed_leaves_nothing_half_done(tmp_path: Path) -> None:
+    with trials.toy(tmp_path):
+        found = exports.kills(4)
+        assert not found.broken, str(found)
+
+
+def test_every_form_is_put_to_the_test_by_backbone(tmp_path: Path) -> None:
+    with trials.toy(tmp_path):
+        found = exports.agreements("timm", {"vit_micro": 32})
+    assert found.trials == 2 and not found.broken, str(found)
+
+
 def test_a_folder_that_is_taken_is_refused(toy: str) -> None:
     made_run(RUN)
     OUT.mkdir()
@@ -242,6 +256,8 @@ def test_a_folder_that_is_taken_is_refused(toy: str) -> None:
     for out in (OUT, Path("file")):
         with pytest.raises(UsageError, match="give --out another name"):
             export(RUN, "timm", out)
+    with pytest.raises(UsageError, match="a file is in the way"):
+        export(RUN, "timm", Path("file/out"))
     assert [p.name for p in OUT.iterdir()] == ["mine.txt"]
     Path("empty").mkdir()
     export(RUN, "timm", Path("empty"))
@@ -252,7 +268,7 @@ class Shifted(nn.Module):
     """A program that gives what it should, and a little more."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return by_timm(next(Path("deep").glob(".out.*")), images) * 1.001
+        return by_timm(next(Path("deep").glob(".out.part")), images) * 1.001
 
 
 def test_what_gives_other_numbers_gets_no_name(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

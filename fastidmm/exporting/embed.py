@@ -1,11 +1,12 @@
 """`fastidmm embed`: what a run's backbone makes of photographs, as a table in one file."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fastidmm.evaluate import outputs
 from fastidmm.exporting.learnt import encoder_of
 from fastidmm.exporting.pictures import Named, pictures
 from fastidmm.machine import dtype_of, set_up
-from fastidmm.preparing.files import naming, put_in_place, sync
+from fastidmm.preparing.files import make_room, naming, put_in_place
 from fastidmm.preparing.summary import counted, shown
 from fastidmm.preparing.watching import watching
 
@@ -39,19 +40,18 @@ class Table:
         ]
 
 
-def _write_npz(table: Table, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            features=table.features,
-            path=np.array(table.paths, dtype=str),
-            label=np.array([row.label for row in table.rows], dtype=np.int64),
-            split=np.array([row.split for row in table.rows], dtype=str),
-            class_names=np.array(table.class_names, dtype=str),
-        )
+def _write_npz(table: Table, file: BinaryIO) -> None:
+    np.savez(
+        file,
+        features=table.features,
+        path=np.array(table.paths, dtype=str),
+        label=np.array([row.label for row in table.rows], dtype=np.int64),
+        split=np.array([row.split for row in table.rows], dtype=str),
+        class_names=np.array(table.class_names, dtype=str),
+    )
 
 
-def _write_parquet(table: Table, path: Path) -> None:
+def _write_parquet(table: Table, file: BinaryIO) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -64,11 +64,10 @@ def _write_parquet(table: Table, path: Path) -> None:
             table.features.ravel(), table.features.shape[1]
         ),
     }
-    with path.open("wb") as file:
-        parquet.write_table(pyarrow.table(columns), file)
+    parquet.write_table(pyarrow.table(columns), file)
 
 
-def _writer(out: Path) -> Callable[[Table, Path], None]:
+def _writer(out: Path) -> Callable[[Table, BinaryIO], None]:
     """What writes a file of that name; refused before any photograph is read."""
     writers = {".npz": _write_npz, ".parquet": _write_parquet}
     write = writers.get(out.suffix.lower())
@@ -83,6 +82,24 @@ def _writer(out: Path) -> Callable[[Table, Path], None]:
     return write
 
 
+@contextmanager
+def _aside(out: Path) -> Iterator[BinaryIO]:
+    """A file beside `out`, which gets that name when all is written."""
+    make_room(out)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with naming(out):
+            file = aside.open("wb")
+        with file:
+            yield file
+            with naming(out):
+                file.flush()
+                os.fsync(file.fileno())
+        put_in_place(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def embed(
     run: Path, source: str, out: Path, *, normalise: bool, device: str | None, quiet: bool
 ) -> dict[str, Any]:
@@ -90,7 +107,7 @@ def embed(
 
     Memory is bounded but for the features themselves.
     """
-    write = _writer(out)
+    write, out = _writer(out), out.expanduser()
     record, encoder = encoder_of(run)
     asked = record.recipe.run
     place = set_up(device or asked.device, exact=asked.exact)
@@ -98,24 +115,16 @@ def embed(
     encoder.to(place)
     told = pictures(source)
     features, rows = [], []
-    with watching(f"Embedding {told.title}", told.total, quiet=quiet) as watch:
-        for some, named in told.parts:
-            store = some if place.type == "cpu" else some.tables_to(place)
-            found = outputs(encoder, store, resolution=asked.resolution, dtype=dtype)
-            features.append((functional.normalize(found) if normalise else found).cpu())
-            rows += named
-            watch(len(rows) + len(told.left_out))
-    table = Table(torch.cat(features).numpy(), rows, told.class_names)
-    out = out.expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with _aside(out) as file:  # refused before hours of work, not after
+        with watching(f"Embedding {told.title}", told.total, quiet=quiet) as watch:
+            for some, named in told.parts:
+                store = some.tables_to(place)
+                found = outputs(encoder, store, resolution=asked.resolution, dtype=dtype)
+                features.append((functional.normalize(found) if normalise else found).cpu())
+                rows += named
+                watch(len(rows) + len(told.left_out))
         with naming(out):
-            write(table, aside)
-            sync(aside)
-            put_in_place(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+            write(Table(torch.cat(features).numpy(), rows, told.class_names), file)
     return {
         "run": str(run),
         "checkpoint": str(record.result),

@@ -1,18 +1,17 @@
 """`fastidmm export`: a run as a folder for other programs, written aside and tried before."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastidmm import checkpoint
 from fastidmm.errors import NumericalError, UsageError
 from fastidmm.exporting.card import card
 from fastidmm.exporting.formats import CONFIG, FORMS, check_installed, write
 from fastidmm.exporting.learnt import Learnt, learnt
-from fastidmm.preparing.files import naming
+from fastidmm.preparing.files import make_room, naming, sync
+from fastidmm.preparing.making import alone
 
 CARD = "README.md"
 TOLERANCE = 1e-4  # of the largest output: other programs sum in another order
@@ -24,20 +23,22 @@ def export(run: Path, to: str, out: Path) -> dict[str, Any]:
     out = Path(os.path.abspath(out.expanduser()))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder: give --out another name.")
+    if out.is_mount():
+        raise UsageError(f"{out} cannot be replaced by a whole folder: give --out one within it.")
     found = learnt(run)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        with naming(out):
-            difference = _tried(found, to, aside)
-            (aside / CARD).write_text(card(found, to, out.name))
-            for path in (*aside.iterdir(), aside):
-                checkpoint.sync(path)
-            aside.rename(out)
-            checkpoint.sync(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with naming(out):
+        make_room(out)
+        with alone(out) as making:
+            try:
+                making.clear()  # of an export that was killed
+                making.part.mkdir()
+                difference = _tried(found, to, making.part)
+                (making.part / CARD).write_text(card(found, to, out.name))
+                for path in (*making.part.iterdir(), making.part):
+                    sync(path)
+                making.put_in_place()
+            finally:
+                making.clear()
     files = [FORMS[to].file, CONFIG, CARD]
     return {
         "run": str(run),
