@@ -137,11 +137,8 @@ def answers(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("vit_micro", "timm"),
         ("t2t_vit_7", "timm"),
-        ("vit_micro", "pt2"),
-        pytest.param("t2t_vit_7", "pt2", marks=pytest.mark.slow),
-        pytest.param("pvtv2_b0", "pt2", marks=pytest.mark.slow),
+        pytest.param("vit_micro", "pt2", marks=pytest.mark.slow),
         pytest.param("vit_micro", "onnx", marks=pytest.mark.slow),
-        pytest.param("t2t_vit_7", "onnx", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("method", ["idmm", "supervised"])
