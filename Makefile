@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
-# CI adds dali,ffcv; tests of a loader that is not installed are skipped.
+# CI adds dali,ffcv,onnx,parquet; tests of what is not installed are skipped.
 EXTRAS ?= demo,dev
 # A machine without a GPU keeps torch's CPU build (see the file); a GPU machine takes CUDA wheels.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastidmm.cli_bench import bench
+from fastidmm.cli_export import embed, export
 from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
 from fastidmm.cli_runs import app as runs
@@ -37,7 +38,7 @@ from fastidmm.options import (
     SeedOption,
     SetOption,
     answer,
-    note,
+    chosen_run,
     recipe_of,
     recipe_settings,
 )
@@ -182,7 +183,7 @@ def finetune(
         backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
         optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
-    folder = _run(named or run)
+    folder = chosen_run(named or run)
     if dataset is None:
         found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
     elif scratch:
@@ -201,7 +202,7 @@ def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOpti
     """
     from fastidmm import scoring
 
-    found = scoring.evaluate(_run(named or run))
+    found = scoring.evaluate(chosen_run(named or run))
     answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 
@@ -213,7 +214,7 @@ def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption
     """
     from fastidmm.reporting.report import write
 
-    path = str(write(_run(named or run)))
+    path = str(write(chosen_run(named or run)))
     answer({"report": path}, as_json, path)
 
 
@@ -267,7 +268,7 @@ def resume(
     from fastidmm import stages
     from fastidmm.reporting.report import remaining
 
-    folder = _run(named or run)
+    folder = chosen_run(named or run)
     found = stages.resume(folder)
     lines = [_finished(stage, "") for stage in found]
     lines += [f"next: {command}" for command in remaining(folder)]
@@ -287,18 +288,23 @@ def verify(
     """
     from fastidmm import verify as verifying
 
-    found = verifying.verify(_run(named or run), steps)
+    found = verifying.verify(chosen_run(named or run), steps)
     answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
     verifying.settle(found)
 
 
+app.command()(export)
+app.command()(embed)
 app.command()(reproduce)
 app.command()(compare)
 
 
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
-    """Print every dataset, method, backbone and loader there is."""
+    """Print every dataset, method, backbone and loader there is.
+
+    Example: fastidmm list
+    """
     from fastidmm.registry import TABLES
 
     kinds = ("dataset", "method", "backbone", "loader")
@@ -323,16 +329,6 @@ def doctor(as_json: JsonOption = False) -> None:
     answer(as_dicts(found), as_json, lambda: table(found))
     if any(line.state == "mend" for line in found):
         raise typer.Exit(UsageError.status)
-
-
-def _run(name: str | None) -> Path:
-    """The run that was named, or the newest, said so."""
-    from fastidmm.record import existing_run
-
-    folder = existing_run(name)
-    if name is None:
-        note(f"run {folder}, the newest")
-    return folder
 
 
 def _finished(found: dict[str, Any], following: str) -> str:

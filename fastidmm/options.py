@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,6 +81,16 @@ def recipe_of(
         tables["run"]["dataset"] = current()
         note(f"dataset {tables['run']['dataset']!r}, the one prepared last")
     return Recipe.of(tables)
+
+
+def chosen_run(name: str | None) -> Path:
+    """The run that was named, or the newest, said so."""
+    from fastidmm.record import existing_run
+
+    folder = existing_run(name)
+    if name is None:
+        note(f"run {folder}, the newest")
+    return folder
 
 
 def note(message: str) -> None:
