@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import Type
 from test_cli import typed as typed
 from toy_runs import RUN, Killed, kill_before_update
@@ -25,13 +24,17 @@ def test_tensorboard_has_every_number_once(
     typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a run that was killed behind its newest checkpoint, and went on."""
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed: pip install 'fastidmm[logging]'; CI has it",
+    )
     keep = ("--set", "run.checkpoint_every=1")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before_update(patch, 5)
         typed("pretrain", "--dataset", toy, *WORDS.split(), *keep, "--log", "tensorboard")
     assert [line["step"] for line in lines()][-1] > Record(RUN).steps == 3
     stages.resume(RUN)
-    found = EventAccumulator(str(RUN / "tensorboard"))
+    found = reader.EventAccumulator(str(RUN / "tensorboard"))
     found.Reload()
     assert [line["step"] for line in lines()] == list(range(1, 10))
     for name in ("loss", "instance_top1", "lr", "grad_norm", "knn_top1", "images_per_second"):
@@ -79,6 +82,8 @@ def test_what_weights_and_biases_is_told(
 def test_weights_and_biases_itself_offline(
     typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reason = "wandb is not installed: pip install 'fastidmm[logging]'; CI has it"
+    pytest.importorskip("wandb", reason=reason)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert typed("pretrain", "--dataset", toy, *WORDS.split(), "--log", "wandb")[0] == 0
     (kept,) = (RUN / "wandb").glob("offline-run-*/*.wandb")
