@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("*.md", "docs/*.md", "configs/*.md", "bench/records/*/README.md")
+KINDS = ("*.md", "docs/*.md", "docs/*.ipynb", "configs/*.md", "bench/records/*/README.md")
 
 
 def collect(root: Path, pages: Path) -> list[Path]:

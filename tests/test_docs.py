@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -79,6 +80,21 @@ def test_python_on_pages_uses_names_that_are_there(page: Path) -> None:
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "fastidmm":
                 assert hasattr(import_module("fastidmm"), node.attr), node.attr
+
+
+def test_the_notebook_runs(home: Path) -> None:
+    """All of it, in less time: its first cell says how much."""
+    pytest.importorskip("elpv_dataset", reason="the demo's photographs are not installed")
+    cells = json.loads((ROOT / "docs" / "first_run.ipynb").read_text())["cells"]
+    first, *rest = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert (names["EPOCHS"], names["STAGE_EPOCHS"], names["IMAGES"]) == (24, 8, 400)
+    names |= {"EPOCHS": 3, "STAGE_EPOCHS": 1, "IMAGES": 32}
+    for code in rest:
+        exec(code, names)
+    assert set(names["scores"]["pretrained"]) >= {"knn", "linear_probe", "finetuned_48"}
+    assert (names["run"].folder / "report.html").is_file()
 
 
 def test_the_site_is_built_strictly(tmp_path: Path) -> None:
