@@ -21,6 +21,7 @@ from fastidmm.options import (
     EpochsOption,
     ExactOption,
     Format,
+    GpusOption,
     HoldoutOption,
     InitOption,
     JsonOption,
@@ -34,6 +35,7 @@ from fastidmm.options import (
     SeedOption,
     SetOption,
     answer,
+    by_ranks,
     note,
     recipe_of,
     recipe_settings,
@@ -105,6 +107,7 @@ app.command()(plan)
 
 
 @app.command()
+@by_ranks
 def pretrain(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -122,6 +125,7 @@ def pretrain(
     init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn from the images alone.
@@ -140,6 +144,7 @@ def pretrain(
 
 
 @app.command()
+@by_ranks
 def finetune(
     named: RunArgument = None,
     run: RunOption = None,
@@ -160,6 +165,7 @@ def finetune(
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn the classes from a pretrained backbone.
@@ -209,6 +215,7 @@ def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption
 
 
 @app.command("run")
+@by_ranks
 def run_all(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -225,6 +232,7 @@ def run_all(
     holdout: HoldoutOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain, fine-tune, compare with no pretraining, report.
@@ -244,9 +252,11 @@ def run_all(
 
 
 @app.command()
+@by_ranks
 def resume(
     named: RunArgument = None,
     run: RunOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Go on where a run was stopped, to the same bits.
