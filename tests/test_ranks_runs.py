@@ -1,0 +1,156 @@
+"""Runs by several ranks: on with another number, stopped, killed, and what each says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import forks
+import pytest
+from forks import PRETRAIN, Bench, Child, bench, start
+from ranked import as_rank
+from torch.distributed import TCPStore
+
+from fastidmm.record import Record
+
+HELD: list[TCPStore] = []
+SOON = 60.0  # seconds in which all end where one did
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Bench]:
+    """A dataset of 32 photographs; all that children import is imported."""
+    with bench() as made:
+        yield made
+
+
+def ranks(num: int, command: str, place: Path) -> list[Child]:
+    """Begin a command as so many ranks of hosts without a launcher's eye on them.
+
+    Each has a file for its words; what they leave for one another is held here, as a launcher does.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    HELD.append(store)
+
+    def be(rank: int) -> None:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        said = os.open(f"said {rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1), os.dup2(said, 2)
+        as_rank(rank, num, store.port)
+
+    return [
+        start(
+            f"{command} --device cpu" if command.startswith("pretrain") else command,
+            place,
+            partial(be, rank),
+        )
+        for rank in range(num)
+    ]
+
+
+def told(place: Path) -> str:
+    """All that the ranks said."""
+    return "".join(path.read_text() for path in sorted(place.glob("said ?")))
+
+
+def ended(children: list[Child]) -> list[int]:
+    """Their exit statuses, once all have ended."""
+    statuses = [child.status() for child in children]
+    for child in children:
+        child.gone(5)
+    return statuses
+
+
+def until_step(folder: Path, step: int) -> None:
+    """Wait until a run has told of that step."""
+    while not forks.steps_told(folder) >= step:
+        time.sleep(0.02)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in Record(folder).metrics()]
+
+
+@pytest.fixture(scope="module")
+def whole(work: Bench) -> list[float]:
+    """The losses of one process."""
+    work.truth("pretrain idmm")
+    return losses(work.work / "truth pretrain idmm" / "runs" / "run")
+
+
+def fresh(work: Bench, name: str) -> Path:
+    place = work.work / name
+    place.mkdir()
+    return place
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
+    work: Bench, whole: list[float]
+) -> None:
+    """Begun by two, asked to stop, gone on with by three, then by one."""
+    place = fresh(work, "stopped")
+    run = place / "runs" / "run"
+    children = ranks(2, PRETRAIN, place)
+    until_step(run, 2)
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert ended(children) == [75, 75]
+    made = Record(run).steps
+    assert 2 <= made < 16 and told(place).count("`fastidmm resume runs/run` goes on") == 1
+    children = ranks(3, "resume run", place)
+    until_step(run, made + 2)
+    os.kill(children[0].pid, signal.SIGTERM)
+    os.kill(children[0].pid, signal.SIGTERM)  # a launcher's own: it costs nothing
+    assert ended(children) == [75] * 3
+    again = Record(run).steps
+    assert made < again < 16
+    child = start("resume run", place)
+    assert child.status() == 0
+    child.gone(5)
+    assert losses(run) == pytest.approx(whole, rel=1e-3)
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_all_end_where_one_is_killed(work: Bench, dead: int) -> None:
+    """Within a minute, one sentence with the rank, the step and how to go on."""
+    place = fresh(work, f"killed {dead}")
+    run = place / "runs" / "run"
+    children = ranks(3, PRETRAIN, place)
+    until_step(run, 3)
+    began = time.monotonic()
+    os.kill(children[dead].pid, signal.SIGKILL)
+    expected = [-signal.SIGKILL if rank == dead else 75 for rank in range(3)]
+    assert ended(children) == expected and time.monotonic() - began < SOON
+    said = told(place)
+    assert said.count(f"fastidmm: rank {dead} ended at step ") == 1, said
+    assert "Traceback" not in said and "`fastidmm resume runs/run` goes on" in said
+    assert forks.unreadable(run) == 0
+
+
+def test_what_every_rank_meets_is_said_once(work: Bench) -> None:
+    place = fresh(work, "wrong")
+    assert ended(ranks(2, f"{PRETRAIN} --set optim.nothing=1", place)) == [2, 2]
+    said = told(place)
+    assert said.count("fastidmm: unknown key optim.nothing") == 1 and said.count("\n") == 1
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_answers_by_the_ranks_status(
+    work: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, of two processes that import everything."""
+    place = fresh(work, "launched")
+    monkeypatch.chdir(place)
+    words = f"{PRETRAIN} --device cpu --gpus 2 --epochs 1".split()
+    found = subprocess.run(
+        [sys.executable, "-m", "fastidmm", *words], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("runs/run: 1 epochs") == 1 and found.stderr.count("loader res") == 1
+    assert Record(place / "runs" / "run").finished
