@@ -168,7 +168,8 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
         say(initialise(method, record.folder, recipe))
     share_norms(method.backbone, len(store), run.batch_size, method.cutmix_groups)
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    world().same(method.state_dict().values())  # other kinds of CPU begin otherwise
+    # Other kinds of CPU begin otherwise.
+    world().same(t for name, t in method.state_dict().items() if name not in method.shards)
     if run.compile:
         if run.exact:
             raise UsageError(

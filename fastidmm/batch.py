@@ -4,8 +4,9 @@ Letters in shapes: B images of a batch, C crops of a group, S side of a crop in 
 the store, D features.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -157,7 +158,7 @@ class Method(nn.Module):
 
     Options: ClassVar[type[Options]]
     # Whether no crop's loss depends on the batch's other crops; see `can_be_cut`.
-    rows_independent: ClassVar[bool] = True
+    rows_independent: bool = True
     # Whether the loss is `loss_of(features(batch), batch)`: then it can be cut all the same.
     features_first: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
@@ -170,6 +171,8 @@ class Method(nn.Module):
 
     backbone: nn.Module
     views: list[ViewGroup]
+    # Tensors of which each rank has its own rows, by name, and how many.
+    shards: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     cutmix_groups: int = 1
     num_steps: int = 1  # of the run and of an epoch, told before the first: for schedules
     steps_per_epoch: int = 1

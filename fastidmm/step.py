@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastidmm.assemble import Parts
 from fastidmm.batch import Batch, Loss
-from fastidmm.optim import update
+from fastidmm.optim import shared_gradients, update
 from fastidmm.progress import say
 from fastidmm.ranks import world
 
@@ -142,8 +142,7 @@ def together(parts: Parts, batch: Batch, loss: Loss) -> Loss:
         return loss
     numbers = torch.stack([loss.total.detach(), *loss.parts.values()])
     sums = {key: tensor.clone() for key, tensor in loss.sums.items()}
-    grads = [p.grad for p in parts.method.parameters() if p.grad is not None]
-    here.add_up([*grads, numbers, *sums.values()])
+    here.add_up([*shared_gradients(parts.method), numbers, *sums.values()])
     total, *rest = numbers
     keep = {key: here.gather(tensor, batch.shares) for key, tensor in loss.keep.items()}
     return Loss(total, dict(zip(loss.parts, rest, strict=True)), keep, sums)

@@ -201,14 +201,11 @@ def roll_back(parts: Parts) -> None:
 
 def save(parts: Parts, clock: Clock) -> None:
     """Write a checkpoint of everything the next step depends on."""
+    tensors = checkpoint.tables(parts.method, parts.optimizer, parts.scaler)
     if not world().first:
         return
     state = parts.state
     state.seconds += clock.lap()
-    tensors = {
-        checkpoint.MODEL: parts.method.state_dict(),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer, parts.scaler),
-    }
     values = {name: getattr(state, name) for name in State.__slots__}
     with beside(parts, clock, "checkpoint"):
         checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
@@ -236,6 +233,7 @@ def restore(parts: Parts) -> None:
 def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:
     """Be where a checkpoint's tensors and state were."""
     model, optimizer = tensors
+    checkpoint.own_rows(parts.method, parts.optimizer, model, optimizer)
     parts.method.load_state_dict(model)
     checkpoint.load_optimizer(parts.optimizer, parts.scaler, optimizer)
     parts.state = State(**values)

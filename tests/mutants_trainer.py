@@ -19,6 +19,8 @@ SUM = "methods::test_micro_batches_sum_to_the_batch"
 IDMM_IS = "methods::test_idmm_is_the_mean_over_large_plus_the_mean_over_small"
 SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_labels"
 REPLAYED = "capture::test_replays_are_the_steps_themselves[supervised]"
+SHARES = "fastidmm/shares.py"
+RANKED = "ranks::test_losses_and_gradients_are_those_of_one_process"
 KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
 SIGNAL = "train::test_resuming_mid_epoch_after_a_signal"
 PATIENCE = "holdout::test_patience_ends_a_stage_and_the_best_counts"
@@ -78,6 +80,15 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "gradients before memory ran out are kept": ((STEP, GRADIENT), [("        parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
     "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep | loss.sums, number, made.skipped)\n", "")]),
     "bf16 asked for and not used": ((STEP, "step::test_layers_compute_in_the_precision_asked_for"), [("enabled=parts.dtype != torch.float32", "enabled=False")]),
+    # Among ranks.
+    "each rank goes its own way": ((STEP, RANKED), [("here.add_up([*shared_gradients(parts.method), numbers", "here.add_up([numbers")]),
+    "keys of this rank alone": (("fastidmm/methods/mocov3.py", RANKED), [("            keys = [world().gather(key, batch.shares) for key in keys]\n", ""), ("torch.arange(first, last,", "torch.arange(last - first,")]),
+    "statistics of this rank's crops": (("fastidmm/norms.py", "ranks::test_what_ranks_exchange"), [("world().sum(centred.square().flatten(0, -2).sum(dim=0)) / num", "centred.square().flatten(0, -2).mean(dim=0)")]),
+    "partners by their place in the whole batch": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("+ partner % batch - first", "+ partner % batch % max(num, 1)")]),
+    "places by the rank": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("place=wanted)", "place=torch.arange(len(wanted), device=device))")]),
+    "smoothing over a rank's rows": (("fastidmm/sharded.py", "sharded::test_the_loss_of_a_head_in_parts_is_that_of_the_whole"), [("rest = smoothing / sum(shards)", "rest = smoothing / max(1, shards[here.rank])")]),
+    "rows of the first rank kept": ((CHECKPOINT, "sharded::test_runs_go_on_wherever_rows_are"), [("table[name] = table[name][slice(*world().own(sizes))]", "table[name] = table[name][: sizes[world().rank]]")]),
+    "a signal lost while ranks agree": ((TRAIN, "ranks_runs::test_a_signal_to_one_rank_stops_all_and_another_number_goes_on"), [("if asked := world().any(stop.requested):\n            stop.requested = True", "if asked := world().any(stop.requested) and world().first:\n            stop.requested = True")]),
     # Going on.
     "a step left out after a resume": ((CAPTURE, KILLED), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step + bool(parts.state.step))")]),
     "a resume begins the epoch anew": ((CAPTURE, SIGNAL), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),

@@ -31,14 +31,14 @@ SIZES = (2, 4)
 Made = tuple[list[list[float]], Tensor, Tensor]
 
 
-def parts_of(method: str, place: Path, **run: Any) -> Parts:
+def parts_of(method: str, place: Path, **options: Any) -> Parts:
     run = {
         "dataset": "made", "method": method, "backbone": "vit_micro", "resolution": 16,
-        "epochs": 8, "batch_size": BATCH, "loader": "resident", "device": "cpu", **run,
+        "epochs": 8, "batch_size": BATCH, "loader": "resident", "device": "cpu",
     }  # fmt: skip
     folder = place / f"{method} {world().rank} of {world().size}"
     folder.mkdir()
-    tables = {"run": run, "backbone": {"drop_path": 0.3}, "method": SMALL.get(method, {})}
+    tables = {"run": run, "backbone": {"drop_path": 0.3}, "method": SMALL.get(method, {}) | options}
     return training.assembled(tables, small_store(NUM), folder)
 
 

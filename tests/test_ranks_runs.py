@@ -14,7 +14,7 @@ import forks
 import pytest
 from forks import PRETRAIN, Bench, Child, bench, start
 from ranked import as_rank
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastidmm.record import Record
 
