@@ -37,6 +37,7 @@ class State:
     strikes: int = 0  # steps skipped close to one another
     last_strike: int = 0
     micro_batches: int = 1
+    ranks: int = 1  # that made the steps before the checkpoint
     skipped: float = 0.0  # steps skipped since the last metric line
     seconds: float = 0.0  # spent training
     best: float = 0.0  # score on the held-out images, and the step it was reached at
@@ -204,6 +205,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
             f"run.micro_batches = {run.micro_batches}: with {run.method} on {run.backbone} a "
             "crop's loss depends on the others' (BatchNorm does that, too); leave it out."
         )
+    parts.state.ranks = world().size
     parts.state.micro_batches = run.micro_batches or _first_guess(parts, device)
     return parts
 

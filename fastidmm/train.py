@@ -236,7 +236,7 @@ def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, An
     checkpoint.own_rows(parts.method, parts.optimizer, model, optimizer)
     parts.method.load_state_dict(model)
     checkpoint.load_optimizer(parts.optimizer, parts.scaler, optimizer)
-    parts.state = State(**values)
+    parts.state = State(**{**values, "ranks": world().size})
     parts.counters.attempt = parts.state.attempt
 
 

@@ -17,6 +17,7 @@ from ranked import as_rank
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastidmm.record import Record
+from fastidmm.verify import verify
 
 HELD: list[TCPStore] = []
 SOON = 60.0  # seconds in which all end where one did
@@ -92,7 +93,7 @@ def fresh(work: Bench, name: str) -> Path:
 def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
     work: Bench, whole: list[float]
 ) -> None:
-    """Begun by two, asked to stop, gone on with by three, then by one."""
+    """Begun by two, asked to stop, replayed by one, gone on with by three, then by one."""
     place = fresh(work, "stopped")
     run = place / "runs" / "run"
     children = ranks(2, PRETRAIN, place)
@@ -101,6 +102,8 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
     assert ended(children) == [75, 75]
     made = Record(run).steps
     assert 2 <= made < 16 and told(place).count("`fastidmm resume runs/run` goes on") == 1
+    (replayed,) = verify(run, 20)
+    assert not replayed.difference and "of those of 2 ranks" in str(replayed)
     children = ranks(3, "resume run", place)
     until_step(run, made + 2)
     os.kill(children[0].pid, signal.SIGTERM)
