@@ -23,7 +23,7 @@ from fastidmm.optim import Scaler
 from fastidmm.places import summed, unsummed
 from fastidmm.preparing.files import sync as sync
 from fastidmm.progress import say
-from fastidmm.ranks import gathered, world
+from fastidmm.ranks import collected, world
 
 KEPT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -178,10 +178,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, scaler: Scaler | None) -
 def tables(
     method: Method, optimizer: torch.optim.Optimizer, scaler: Scaler | None
 ) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds, by file. Rows that are dealt out are put together, by all ranks."""
+    """What a checkpoint holds, by file; ranks bring their rows to the first, which writes."""
     model, moments = method.state_dict(), optimizer_tensors(optimizer, scaler)
     for table, name, sizes in _dealt(method, optimizer, model, moments):
-        table[name] = gathered(table[name].contiguous(), sizes, world())
+        table[name] = collected(table[name], sizes, world())
     return {MODEL: model, OPTIMIZER: moments}
 
 

@@ -202,6 +202,20 @@ def gathered(x: Tensor, sizes: Sequence[int], world: World) -> Tensor:
     return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)])
 
 
+def collected(x: Tensor, sizes: Sequence[int], world: World) -> Tensor:
+    """The rows of all ranks in the first one's host memory; on others what they have."""
+    here = x.cpu().contiguous()
+    with world.heard():
+        if not world.first:
+            dist.send(here, 0)
+            return x
+        parts = [here]
+        for rank, size in enumerate(sizes[1:], 1):
+            parts.append(here.new_empty(size, *here.shape[1:]))
+            dist.recv(parts[-1], rank)
+    return torch.cat(parts)
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors by so many that they travel well."""
     bucket: list[Tensor] = []

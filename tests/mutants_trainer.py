@@ -84,7 +84,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "each rank goes its own way": ((STEP, RANKED), [("here.add_up([*shared_gradients(parts.method), numbers", "here.add_up([numbers")]),
     "keys of this rank alone": (("fastidmm/methods/mocov3.py", RANKED), [("            keys = [world().gather(key, batch.shares) for key in keys]\n", ""), ("torch.arange(first, last,", "torch.arange(last - first,")]),
     "statistics of this rank's crops": (("fastidmm/norms.py", "ranks::test_what_ranks_exchange"), [("world().sum(centred.square().flatten(0, -2).sum(dim=0)) / num", "centred.square().flatten(0, -2).mean(dim=0)")]),
-    "partners by their place in the whole batch": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("+ partner % batch - first", "+ partner % batch % max(num, 1)")]),
+    "partners by their place in the whole batch": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("+ partner % batch - first", "+ partner % batch - first // 2")]),
     "places by the rank": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("place=wanted)", "place=torch.arange(len(wanted), device=device))")]),
     "smoothing over a rank's rows": (("fastidmm/sharded.py", "sharded::test_the_loss_of_a_head_in_parts_is_that_of_the_whole"), [("rest = smoothing / sum(shards)", "rest = smoothing / max(1, shards[here.rank])")]),
     "rows of the first rank kept": ((CHECKPOINT, "sharded::test_runs_go_on_wherever_rows_are"), [("table[name] = table[name][slice(*world().own(sizes))]", "table[name] = table[name][: sizes[world().rank]]")]),

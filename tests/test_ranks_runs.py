@@ -2,25 +2,21 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import forks
 import pytest
-from forks import PRETRAIN, Bench, Child, bench, start
-from ranked import as_rank
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from forks import PRETRAIN, Bench, bench, start
+from ranks import SOON, Figures, ended, losses, ranks, said, trial
 
 from fastidmm.record import Record
 from fastidmm.verify import verify
-
-HELD: list[TCPStore] = []
-SOON = 60.0  # seconds in which all end where one did
 
 
 @pytest.fixture(scope="module")
@@ -30,51 +26,10 @@ def work() -> Iterator[Bench]:
         yield made
 
 
-def ranks(num: int, command: str, place: Path) -> list[Child]:
-    """Begin a command as so many ranks of hosts without a launcher's eye on them.
-
-    Each has a file for its words; what they leave for one another is held here, as a launcher does.
-    """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    HELD.append(store)
-
-    def be(rank: int) -> None:
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        said = os.open(f"said {rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1), os.dup2(said, 2)
-        as_rank(rank, num, store.port)
-
-    return [
-        start(
-            f"{command} --device cpu" if command.startswith("pretrain") else command,
-            place,
-            partial(be, rank),
-        )
-        for rank in range(num)
-    ]
-
-
-def told(place: Path) -> str:
-    """All that the ranks said."""
-    return "".join(path.read_text() for path in sorted(place.glob("said ?")))
-
-
-def ended(children: list[Child]) -> list[int]:
-    """Their exit statuses, once all have ended."""
-    statuses = [child.status() for child in children]
-    for child in children:
-        child.gone(5)
-    return statuses
-
-
 def until_step(folder: Path, step: int) -> None:
     """Wait until a run has told of that step."""
     while not forks.steps_told(folder) >= step:
         time.sleep(0.02)
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in Record(folder).metrics()]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +56,7 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
     os.kill(children[1].pid, signal.SIGTERM)
     assert ended(children) == [75, 75]
     made = Record(run).steps
-    assert 2 <= made < 16 and told(place).count("`fastidmm resume runs/run` goes on") == 1
+    assert 2 <= made < 16 and said(place).count("`fastidmm resume runs/run` goes on") == 1
     (replayed,) = verify(run, 20)
     assert not replayed.difference and "of those of 2 ranks" in str(replayed)
     children = ranks(3, "resume run", place)
@@ -129,18 +84,28 @@ def test_all_end_where_one_is_killed(work: Bench, dead: int) -> None:
     os.kill(children[dead].pid, signal.SIGKILL)
     expected = [-signal.SIGKILL if rank == dead else 75 for rank in range(3)]
     assert ended(children) == expected and time.monotonic() - began < SOON
-    said = told(place)
-    assert said.count(f"fastidmm: rank {dead} ended at step ") == 1, said
-    assert "Traceback" not in said and "`fastidmm resume runs/run` goes on" in said
+    words = said(place)
+    assert words.count(f"fastidmm: rank {dead} ended at step ") == 1, words
+    assert "Traceback" not in words and "`fastidmm resume runs/run` goes on" in words
     assert forks.unreadable(run) == 0
 
 
 def test_what_every_rank_meets_is_said_once(work: Bench) -> None:
     place = fresh(work, "wrong")
     assert ended(ranks(2, f"{PRETRAIN} --set optim.nothing=1", place)) == [2, 2]
-    said = told(place)
-    assert said.count("fastidmm: unknown key optim.nothing") == 1 and said.count("\n") == 1
+    words = said(place)
+    assert words.count("fastidmm: unknown key optim.nothing") == 1 and words.count("\n") == 1
     assert not (place / "runs").exists()
+
+
+@pytest.mark.slow
+def test_random_trials_of_ranks(work: Bench, whole: list[float]) -> None:
+    found = Figures()
+    for kill in (True, False):
+        trial(work, 2, random.Random(3), found, kill=kill)
+        assert losses(work.work / "trial" / "runs" / "run") == pytest.approx(whole, rel=1e-3)
+    assert found.named == found.kills and found.kept == found.stops
+    assert found.kills + found.stops and not found.unreadable and found.slowest < SOON
 
 
 @pytest.mark.slow

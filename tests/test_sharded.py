@@ -125,18 +125,17 @@ def test_runs_go_on_wherever_rows_are(tmp_path: Path) -> None:
     heads = [g[body:].split([n * width, n]) for *_, (n, g) in four]
     dealt = torch.cat([part for which in zip(*heads, strict=True) for part in which])
     assert (dealt - gradient[body:]).norm() < 1e-11 * gradient.norm()
-    for ours, held, (_, own) in four:
+    for file, table in four[0][1].items():
+        shapes = {name: tensor.shape for name, tensor in tables[file].items()}
+        assert {name: tensor.shape for name, tensor in table.items()} == shapes
+    for ours, _, (_, own) in four:
         assert (own[:body] - gradient[:body]).norm() < 1e-11 * gradient.norm()
         assert ours == pytest.approx(numbers[:4], rel=1e-6)
-        for file, table in held.items():
-            assert {n: t.shape for n, t in table.items()} == {
-                n: t.shape for n, t in tables[file].items()
-            }
     state = {"step": 2, "attempt": 0, "micro_batches": 1}
     kept = checkpoint.save(tmp_path / "kept", 2, four[0][1], state)
-    for ours, held, _ in by(2, partial(trained, tmp_path / "two", 2, kept)):
-        assert ours == pytest.approx(numbers[4:], rel=1e-5)
-        for name, tensor in tables[checkpoint.MODEL].items():
-            torch.testing.assert_close(held[checkpoint.MODEL][name], tensor, rtol=0, atol=1e-4)
+    two = by(2, partial(trained, tmp_path / "two", 2, kept))
+    assert [ours for ours, *_ in two] == [pytest.approx(numbers[4:], rel=1e-5)] * 2
+    for name, tensor in tables[checkpoint.MODEL].items():
+        torch.testing.assert_close(two[0][1][checkpoint.MODEL][name], tensor, rtol=0, atol=1e-4)
     ours, _, _ = trained(tmp_path / "one", 2, kept)
     assert ours == pytest.approx(numbers[4:], rel=1e-5)
