@@ -23,6 +23,7 @@ from fastidmm.options import (
     EpochsOption,
     ExactOption,
     Format,
+    GpusOption,
     HoldoutOption,
     InitOption,
     JsonOption,
@@ -38,6 +39,7 @@ from fastidmm.options import (
     SeedOption,
     SetOption,
     answer,
+    by_ranks,
     chosen_run,
     recipe_of,
     recipe_settings,
@@ -110,6 +112,7 @@ app.command()(plan)
 
 
 @app.command()
+@by_ranks
 def pretrain(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -129,6 +132,7 @@ def pretrain(
     init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn from the images alone.
@@ -148,6 +152,7 @@ def pretrain(
 
 
 @app.command()
+@by_ranks
 def finetune(
     named: RunArgument = None,
     run: RunOption = None,
@@ -170,6 +175,7 @@ def finetune(
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn the classes from a pretrained backbone.
@@ -219,6 +225,7 @@ def report(named: RunArgument = None, run: RunOption = None, as_json: JsonOption
 
 
 @app.command("run")
+@by_ranks
 def run_all(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -237,6 +244,7 @@ def run_all(
     log: LogOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain, fine-tune, compare with no pretraining, report.
@@ -256,9 +264,11 @@ def run_all(
 
 
 @app.command()
+@by_ranks
 def resume(
     named: RunArgument = None,
     run: RunOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Go on where a run was stopped, to the same bits.

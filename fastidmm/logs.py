@@ -8,6 +8,7 @@ from typing import Any
 
 from fastidmm.errors import UsageError
 from fastidmm.interrupt import unheard
+from fastidmm.ranks import world
 from fastidmm.record import RECIPE, Record
 
 Tell = Callable[[int, dict[str, float]], None]  # a step, and numbers by name
@@ -23,7 +24,7 @@ def check(name: str) -> None:
 def told(record: Record) -> Iterator[None]:
     """Metric lines that are written meanwhile are told where the recipe says, too."""
     name = record.recipe.run.log
-    if name == "none":
+    if name == "none" or not world().first:
         yield
         return
     check(name)

@@ -17,6 +17,7 @@ from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
 from fastidmm.progress import SHOWN, say
 from fastidmm.quality import rising
+from fastidmm.ranks import world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
 from fastidmm.registry import find
@@ -54,12 +55,13 @@ def begun(folder: Path, recipe: Recipe) -> Record:
 
 def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in a new folder; what came out."""
-    record = begun(folder, recipe)
+    record = Record(Path(world().tell(lambda: str(begun(folder, recipe).folder))))
     try:
         told = train(record)
     except (UsageError, DataError):
-        if not record.checkpoints.exists():  # what never began would be in the way
-            shutil.rmtree(folder)
+        # What never began would be in the way.
+        if not record.checkpoints.exists() and world().first:
+            shutil.rmtree(record.folder)
         raise
     return summary(record) | told
 

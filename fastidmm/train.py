@@ -10,13 +10,14 @@ from torch import Tensor
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
-from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
+from fastidmm.errors import Gone, Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.forecast import Course, Outlook
 from fastidmm.interrupt import Left, Stop, stoppable
 from fastidmm.logs import told
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.quality import alignment, rankme, retrieval, spread, two_crops, uniformity
+from fastidmm.ranks import world
 from fastidmm.record import Record, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
@@ -34,8 +35,13 @@ def train(record: Record) -> dict[str, float]:
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
         return {}
+    parts: Parts | None = None
     try:
-        with record.locked(), told(record), stoppable() as stop:
+        with (
+            record.locked(),
+            told(record),
+            stoppable(among_ranks=world().size > 1) as stop,
+        ):
             parts = assemble(record)
             restore(parts)
             run = parts.recipe.run
@@ -49,8 +55,9 @@ def train(record: Record) -> dict[str, float]:
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
                 say(f"ended early: no better score on held-out images since epoch {best}.")
-            # Also after the last step: what follows in the same command is not begun.
-            if stop.requested:
+            # Also after the last step: what follows in the same command is not begun, nor before
+            # the first rank has written what it reads.
+            if world().any(stop.requested):
                 at = f"stopped at step {parts.state.step}"
                 raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
             return outlook.told
@@ -58,6 +65,11 @@ def train(record: Record) -> dict[str, float]:
         raise OutOfMemoryError(
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
             "what else runs there."
+        ) from None
+    except Gone as problem:
+        at = f"at step {parts.state.step + 1}" if parts else "before the first step"
+        raise Gone(
+            f"{problem} {at}; `fastidmm resume {record.folder}` goes on from the last checkpoint."
         ) from None
 
 
@@ -117,11 +129,14 @@ def steps(
             done = done or state.ended
         # A new best and what it is the best of must not part.
         best = state.best_step == state.step
-        asked = stop.requested  # once: a signal from here on is heard after the next step
+        # Once: a signal from here on is heard after the next step.
+        if asked := world().any(stop.requested):
+            stop.requested = True
         keep = done or best or asked or every.due(state.step, every.checkpoint)
         lines = record.flush(wait=keep)
         left = [state.line] if state.line else []
-        if strikes(parts, lines + left, progress):
+        # Lines come to each rank in its own time: the first counts.
+        if world().any(strikes(parts, lines + left, progress) and world().first):
             return False
         outlook.arrived(lines, clock)
         if keep:
@@ -192,12 +207,11 @@ def roll_back(parts: Parts) -> None:
 
 def save(parts: Parts, clock: Clock) -> None:
     """Write a checkpoint of everything the next step depends on."""
+    tensors = checkpoint.tables(parts.method, parts.optimizer, parts.scaler)
+    if not world().first:
+        return
     state = parts.state
     state.seconds += clock.lap()
-    tensors = {
-        checkpoint.MODEL: parts.method.state_dict(),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer, parts.scaler),
-    }
     values = {name: getattr(state, name) for name in State.__slots__}
     with beside(parts, clock, "checkpoint"):
         checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
@@ -219,21 +233,43 @@ def restore(parts: Parts) -> None:
     if path is not None:
         take_up(parts, *checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER))
     parts.record.cut(parts.state.step, kept)
+    world().meet()  # before the first rank writes any more, all have read
 
 
 def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:
     """Be where a checkpoint's tensors and state were."""
     model, optimizer = tensors
+    checkpoint.own_rows(parts.method, parts.optimizer, model, optimizer)
     parts.method.load_state_dict(model)
     checkpoint.load_optimizer(parts.optimizer, parts.scaler, optimizer)
-    parts.state = State(**values)
+    parts.state = State(**{**values, "ranks": world().size})
     parts.counters.attempt = parts.state.attempt
 
 
 def looks(
     parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool
 ) -> dict[str, float]:
-    """What a metric line says of features, and of a classifier, when due."""
+    """What a metric line says of features, and of a classifier, when due.
+
+    The first rank looks, the others wait for what it finds.
+    """
+
+    def unless_left() -> dict[str, float] | None:
+        try:
+            return seen(parts, every, clock, stop, done=done)
+        except Left:
+            return None
+
+    found = world().tell(unless_left)
+    if found is None:
+        raise Left
+    if "holdout_top1" in found:
+        keep_best(parts, found["holdout_top1"])
+    return found
+
+
+def seen(parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool) -> dict[str, float]:
+    """As `looks`, by this rank."""
     found: dict[str, float] = {}
     step = parts.state.step
     if done or every.due(step, every.knn):
@@ -244,8 +280,6 @@ def looks(
         with beside(parts, clock, "score"):
             judged = classified(parts, parts.judge, stop)
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
-        if split == "holdout":
-            keep_best(parts, judged.value)
     return found
 
 
@@ -293,7 +327,8 @@ def keep_best(parts: Parts, value: float) -> None:
     state, run = parts.state, parts.recipe.run
     if value > state.best or not state.best_step:
         state.best, state.best_step = value, state.step
-        tensors = {checkpoint.MODEL: parts.method.state_dict()}
-        checkpoint.save(parts.record.best, state.step, tensors, {"holdout_top1": value})
+        if world().first:
+            tensors = {checkpoint.MODEL: parts.method.state_dict()}
+            checkpoint.save(parts.record.best, state.step, tensors, {"holdout_top1": value})
     waited = (state.step - state.best_step) / parts.loader.steps_per_epoch
     state.ended = bool(run.patience) and waited >= run.patience

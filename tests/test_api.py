@@ -74,8 +74,18 @@ def test_wrong_ways(toy: str) -> None:
 
 def test_names_are_the_commands_flags() -> None:
     """Whoever adds a flag to a command adds it to Python."""
-    others = {"named", "run", "recipe", "assignments", "as_json", "dataset", "backbone", "scratch"}
-    others |= {"method", "init", "num_images"}
+    others = {
+        "named",
+        "run",
+        "recipe",
+        "assignments",
+        "as_json",
+        "dataset",
+        "backbone",
+        "scratch",
+        "gpus",
+    }
+    others |= {"method", "init", "num_images", "gpus"}
     for command, flags in ((cli.pretrain, api.Flags), (cli.finetune, api.StageFlags)):
         asked = set(inspect.signature(command).parameters)
         assert asked - others == set(flags.__annotations__) - others
