@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
-# CI adds dali,ffcv; tests of a loader that is not installed are skipped.
+# CI adds all others; tests of what is not installed are skipped.
 EXTRAS ?= demo,dev
 # A machine without a GPU keeps torch's CPU build (see the file); a GPU machine takes CUDA wheels.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
@@ -54,7 +54,12 @@ check: setup  ## format, lint, types
 wheel: setup  ## build the wheel by way of the sdist, install it alone and use it
 	$(BIN)/python tests/wheel.py
 
+docs:  ## the pages as a site in .site/html (EXTRAS=docs)
+	$(MAKE) setup EXTRAS=docs
+	$(BIN)/python docs/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove what the other targets made, but for runs/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-gpu faults mutants fix check wheel clean
+.PHONY: help setup demo test test-gpu faults mutants fix check wheel docs clean

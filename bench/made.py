@@ -58,7 +58,7 @@ def views_of_idmm(resolution: int, num_rows: int) -> IDMM:
     """IDMM around no backbone: a method that says which views it wants, and no more."""
     backbone = nn.Identity()
     backbone.num_features = 1  # type: ignore[assignment]
-    return IDMM(backbone, IDMMOptions(), resolution=resolution, num_rows=num_rows)
+    return IDMM(backbone, IDMMOptions(), resolution=resolution, num_rows=num_rows, batch_size=1)
 
 
 @contextmanager

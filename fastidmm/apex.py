@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastidmm.errors import UsageError
 from fastidmm.facts import apex_kind
+from fastidmm.ranks import world
 
 # The recipe's name, apex's class and what it is to be told besides.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,6 +29,11 @@ def check(name: str, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UsageError(f"--optimizer {name} needs an NVIDIA GPU: use adamw on a CPU.")
+    if name == "fused_lamb" and world().size > 1:
+        raise UsageError(
+            "--optimizer fused_lamb measures whole weights, and ranks may hold some by parts: use "
+            "fused_adam or adamw with --gpus."
+        )
     if apex_kind() != "cuda":
         raise UsageError(
             f"--optimizer {name} needs NVIDIA's apex with its CUDA extension, which `fastidmm "

@@ -15,9 +15,11 @@ from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
+from fastidmm.norms import share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
 from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
+from fastidmm.ranks import world
 from fastidmm.recipe import Recipe
 from fastidmm.record import PUBLISHED, Record, encoder_weights, start_of
 from fastidmm.registry import find
@@ -35,6 +37,7 @@ class State:
     strikes: int = 0  # steps skipped close to one another
     last_strike: int = 0
     micro_batches: int = 1
+    ranks: int = 1  # that made the steps before the checkpoint
     skipped: float = 0.0  # steps skipped since the last metric line
     seconds: float = 0.0  # spent training
     best: float = 0.0  # score on the held-out images, and the step it was reached at
@@ -164,7 +167,10 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     method = build_method(recipe, store, counters)
     if run.init and checkpoint.newest(record.checkpoints) is None:
         say(initialise(method, record.folder, recipe))
+    share_norms(method.backbone, len(store), run.batch_size, method.cutmix_groups)
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Other kinds of CPU begin otherwise.
+    world().same(t for name, t in method.state_dict().items() if name not in method.shards)
     if run.compile:
         if run.exact:
             raise UsageError(
@@ -188,7 +194,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     schedule = lr_schedule(recipe.optim, epochs=run.epochs, steps_per_epoch=loader.steps_per_epoch)
     optimizer = optimizer_over(method, recipe.optim, device, run.optimizer)
     # A method may need labels and still learn no classes.
-    judged = split is None and method.classifier() is not None
+    judged = split is None and method.classifier() is not None and world().first
     judge = judging_rows(recipe, store) if judged else None
     scaler = Scaler(device) if dtype == torch.float16 else None
     parts = Parts(
@@ -199,6 +205,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
             f"run.micro_batches = {run.micro_batches}: with {run.method} on {run.backbone} a "
             "crop's loss depends on the others' (BatchNorm does that, too); leave it out."
         )
+    parts.state.ranks = world().size
     parts.state.micro_batches = run.micro_batches or _first_guess(parts, device)
     return parts
 
@@ -243,7 +250,7 @@ def _first_guess(parts: Parts, device: torch.device) -> int:
         return 1
     crops = sum(g.count for g in parts.method.views)
     images = min(parts.recipe.run.batch_size, len(parts.store))
-    return -(-images * crops // CROPS_PER_CPU_PASS)
+    return -(-images * crops // (CROPS_PER_CPU_PASS * world().size))
 
 
 @dataclass(frozen=True, slots=True)

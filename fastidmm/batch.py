@@ -4,8 +4,9 @@ Letters in shapes: B images of a batch, C crops of a group, S side of a crop in 
 the store, D features.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -89,7 +90,12 @@ class Batch:
     groups: tuple[Views, ...]
     step: Tensor | int  # where the step is drawn: see `plan.draw`
     epoch: int  # from 0, known to the host
-    num_images: int
+    shares: tuple[int, ...]  # images of each rank; the groups hold this one's crops
+
+    @property
+    def num_images(self) -> int:
+        """Images of the global batch."""
+        return sum(self.shares)
 
     @property
     def num_crops(self) -> int:
@@ -121,11 +127,16 @@ def _split(views: Views, num: int) -> list[Views]:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The number to minimise, the parts worth logging, and what `after_step` needs; all tensors."""
+    """The number to minimise, the parts worth logging, and what `after_step` needs; all tensors.
+
+    Of a part of a batch, its share: those of all parts and ranks are summed, and `keep`, which has
+    a row for each image, is put together again.
+    """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     keep: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # for `after_step`, too
 
 
 class Loader(Protocol):
@@ -147,7 +158,7 @@ class Method(nn.Module):
 
     Options: ClassVar[type[Options]]
     # Whether no crop's loss depends on the batch's other crops; see `can_be_cut`.
-    rows_independent: ClassVar[bool] = True
+    rows_independent: bool = True
     # Whether the loss is `loss_of(features(batch), batch)`: then it can be cut all the same.
     features_first: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
@@ -160,6 +171,8 @@ class Method(nn.Module):
 
     backbone: nn.Module
     views: list[ViewGroup]
+    # Tensors of which each rank has its own rows, by name, and how many.
+    shards: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     cutmix_groups: int = 1
     num_steps: int = 1  # of the run and of an epoch, told before the first: for schedules
     steps_per_epoch: int = 1
@@ -231,14 +244,22 @@ class Method(nn.Module):
 
 
 def forward_groups(backbone: nn.Module, groups: tuple[Views, ...]) -> list[Tensor]:
-    """Features of each group, (C, D) each; groups of one size share a forward pass."""
+    """Features of each group, (C, D) each; groups of one size share a forward pass.
+
+    A rank that has no crops sends one of zeros through, so that its gradients are there, and zero.
+    """
     set_place = getattr(backbone, "set_place", lambda place: None)
     sizes = [views.pixels.shape[-1] for views in groups]
     features: dict[int, Tensor] = {}
     for size in dict.fromkeys(sizes):
         chosen = [i for i, other in enumerate(sizes) if other == size]
-        set_place(torch.cat([groups[i].place for i in chosen]))
-        joined = backbone(torch.cat([groups[i].pixels for i in chosen]))
+        places, pixels = (
+            torch.cat([getattr(groups[i], name) for i in chosen]) for name in ("place", "pixels")
+        )
         counts = [groups[i].rows.numel() for i in chosen]
+        if not sum(counts):
+            places, pixels = places.new_zeros(1), pixels.new_zeros(1, *pixels.shape[1:])
+        set_place(places)
+        joined = backbone(pixels)[: sum(counts)]
         features.update(zip(chosen, joined.split(counts), strict=True))
     return [features[i] for i in range(len(groups))]

@@ -22,6 +22,7 @@ from fastidmm.batch import Batch
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
+from fastidmm.ranks import world
 from fastidmm.step import Stepped, step
 
 WARM_UP = 2  # steps of a kind before it is captured
@@ -171,7 +172,9 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
     """
     loader = parts.loader
     on_gpu = parts.store.device.type == "cuda"
-    captured = Captured(parts) if on_gpu and parts.recipe.run.capture else None
+    # What travels between ranks is not captured: it has not been tried on GPUs.
+    capture = on_gpu and parts.recipe.run.capture and world().size == 1
+    captured = Captured(parts) if capture else None
     under_way: deque[torch.cuda.Event] = deque()
     with closing(loader.batches(parts.state.step)) as batches:
         for number in count(parts.state.step):

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fastidmm.apex import counters
+from fastidmm.batch import Method
 from fastidmm.errors import DataError, unwritable
 from fastidmm.optim import Scaler
 from fastidmm.places import summed, unsummed
 from fastidmm.preparing.files import sync as sync
 from fastidmm.progress import say
+from fastidmm.ranks import collected, world
 
 KEPT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -175,6 +177,47 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, scaler: Scaler | None) -
     state = optimizer.state_dict()["state"]
     found = {f"{number}.{key}": t for number, table in state.items() for key, t in table.items()}
     return found | counters(optimizer) | ({} if scaler is None else scaler.tensors())
+
+
+def tables(
+    method: Method, optimizer: torch.optim.Optimizer, scaler: Scaler | None
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, by file; ranks bring their rows to the first, which writes."""
+    model, moments = method.state_dict(), optimizer_tensors(optimizer, scaler)
+    for table, name, sizes in _dealt(method, optimizer, model, moments):
+        table[name] = collected(table[name], sizes, world())
+    return {MODEL: model, OPTIMIZER: moments}
+
+
+def own_rows(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    model: dict[str, Tensor],
+    moments: dict[str, Tensor],
+) -> None:
+    """Leave in a checkpoint's tables what is this rank's own of rows that are dealt out."""
+    for table, name, sizes in _dealt(method, optimizer, model, moments):
+        table[name] = table[name][slice(*world().own(sizes))]
+
+
+def _dealt(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    model: dict[str, Tensor],
+    moments: dict[str, Tensor],
+) -> Iterator[tuple[dict[str, Tensor], str, tuple[int, ...]]]:
+    """Whose rows are dealt out: weights, and moments of these under their parameters' numbers."""
+    if not method.shards:
+        return
+    names = {id(param): name for name, param in method.named_parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, sizes in method.shards.items():
+        yield model, name, sizes
+    for name, tensor in list(moments.items()):
+        number = name.partition(".")[0]
+        sizes = method.shards.get(names[id(params[int(number)])], ()) if number.isdecimal() else ()
+        if sizes and tensor.ndim:
+            yield moments, name, sizes
 
 
 def load_optimizer(

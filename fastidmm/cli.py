@@ -10,8 +10,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastidmm.cli_bench import bench
+from fastidmm.cli_export import embed, export
 from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
+from fastidmm.cli_report import report
+from fastidmm.cli_runs import app as runs
 from fastidmm.errors import FastidmmError, UsageError, unwritable
 from fastidmm.options import (
     BackboneOption,
@@ -21,10 +24,12 @@ from fastidmm.options import (
     EpochsOption,
     ExactOption,
     Format,
+    GpusOption,
     HoldoutOption,
     InitOption,
     JsonOption,
     LoaderOption,
+    LogOption,
     MethodOption,
     OptimizerOption,
     PrecisionOption,
@@ -35,7 +40,8 @@ from fastidmm.options import (
     SeedOption,
     SetOption,
     answer,
-    note,
+    by_ranks,
+    chosen_run,
     recipe_of,
     recipe_settings,
 )
@@ -50,6 +56,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(runs, name="runs")
 
 
 @app.command()
@@ -106,6 +113,7 @@ app.command()(plan)
 
 
 @app.command()
+@by_ranks
 def pretrain(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -121,9 +129,11 @@ def pretrain(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     init: InitOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn from the images alone.
@@ -136,12 +146,14 @@ def pretrain(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
         precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, init=init,
+        log=log,
     )  # fmt: skip
     found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
 
 
 @app.command()
+@by_ranks
 def finetune(
     named: RunArgument = None,
     run: RunOption = None,
@@ -159,10 +171,12 @@ def finetune(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="From random weights, to compare with.")
     ] = False,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Learn the classes from a pretrained backbone.
@@ -174,9 +188,9 @@ def finetune(
     settings = recipe_settings(
         dataset=dataset, resolution=resolution, epochs=epochs, batch_size=batch_size,
         backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
-        optimizer=optimizer, exact=exact, holdout=holdout,
+        optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
-    folder = _run(named or run)
+    folder = chosen_run(named or run)
     if dataset is None:
         found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
     elif scratch:
@@ -195,38 +209,15 @@ def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOpti
     """
     from fastidmm import scoring
 
-    found = scoring.evaluate(_run(named or run))
+    found = scoring.evaluate(chosen_run(named or run))
     answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 
-@app.command()
-def report(
-    named: RunArgument = None,
-    run: RunOption = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Serve it to this machine's browsers, live.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a run's report.html, or show it while the run goes on.
-
-    Example: fastidmm report --run demo
-    """
-    folder = _run(named or run)
-    if watch:
-        from fastidmm.interrupt import stoppable
-        from fastidmm.reporting import live
-
-        with stoppable() as stop:
-            live.watch(folder, stop, lambda url: answer({"url": url}, as_json, url))
-        return
-    from fastidmm.reporting.report import write
-
-    path = str(write(folder))
-    answer({"report": path}, as_json, path)
+app.command()(report)
 
 
 @app.command("run")
+@by_ranks
 def run_all(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -242,8 +233,10 @@ def run_all(
     optimizer: OptimizerOption = None,
     exact: ExactOption = None,
     holdout: HoldoutOption = None,
+    log: LogOption = None,
     run: RunOption = None,
     assignments: SetOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain, fine-tune, compare with no pretraining, report.
@@ -256,16 +249,18 @@ def run_all(
     settings = recipe_settings(
         dataset=dataset, backbone=backbone, method=method, loader=loader, epochs=epochs,
         batch_size=batch_size, resolution=resolution, seed=seed, device=device,
-        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout,
+        precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
     found = run_all_stages(recipe_of(recipe, settings, assignments), run)
     answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")
 
 
 @app.command()
+@by_ranks
 def resume(
     named: RunArgument = None,
     run: RunOption = None,
+    gpus: GpusOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Go on where a run was stopped, to the same bits.
@@ -275,7 +270,7 @@ def resume(
     from fastidmm import stages
     from fastidmm.reporting.report import remaining
 
-    folder = _run(named or run)
+    folder = chosen_run(named or run)
     found = stages.resume(folder)
     lines = [_finished(stage, "") for stage in found]
     lines += [f"next: {command}" for command in remaining(folder)]
@@ -295,18 +290,23 @@ def verify(
     """
     from fastidmm import verify as verifying
 
-    found = verifying.verify(_run(named or run), steps)
+    found = verifying.verify(chosen_run(named or run), steps)
     answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
     verifying.settle(found)
 
 
+app.command()(export)
+app.command()(embed)
 app.command()(reproduce)
 app.command()(compare)
 
 
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
-    """Print every dataset, method, backbone and loader there is."""
+    """Print every dataset, method, backbone and loader there is.
+
+    Example: fastidmm list
+    """
     from fastidmm.registry import TABLES
 
     kinds = ("dataset", "method", "backbone", "loader")
@@ -333,16 +333,6 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(UsageError.status)
 
 
-def _run(name: str | None) -> Path:
-    """The run that was named, or the newest, said so."""
-    from fastidmm.record import existing_run
-
-    folder = existing_run(name)
-    if name is None:
-        note(f"run {folder}, the newest")
-    return folder
-
-
 def _finished(found: dict[str, Any], following: str) -> str:
     from fastidmm.evaluate import Score
     from fastidmm.progress import SHOWN
@@ -356,8 +346,11 @@ def _finished(found: dict[str, Any], following: str) -> str:
                 share = f"{100 * best['value']:.1f} % in epoch {best['epoch']}"
                 numbers.append(f"best {share}, selected on {split} images")
     first = f"{found['run']}: {found['epochs']} epochs in {found['seconds']:.0f} s"
-    first = ", ".join([first, *numbers])
-    return "\n".join([first, *([f"next: {following}"] if following else [])])
+    lines = [", ".join([first, *numbers])]
+    if rises := found.get("knn_top1_rises"):
+        longer = f"--epochs {2 * found['epochs']} may do better"
+        lines.append(f"knn top1 still rises {100 * rises:.1f} points per 100 epochs: {longer}")
+    return "\n".join([*lines, *([f"next: {following}"] if following else [])])
 
 
 def main() -> None:

@@ -44,6 +44,10 @@ class Interrupted(FastidmmError):
     status = 75
 
 
+class Gone(Interrupted):
+    """Another process of the same run has ended."""
+
+
 def unwritable(problem: OSError, where: str | Path, *, num_bytes: int = 0) -> FastidmmError | None:
     """A disk's refusal as one sentence, with the bytes needed where known; None: no disk's."""
     if problem.errno not in (*FULL, *LOCKED, errno.EIO):

@@ -58,6 +58,11 @@ def differ(one: Score, other: Score) -> bool:
     return abs(one.value - other.value) > Z * deviation
 
 
+def resized_side(resolution: int) -> int:
+    """What the shorter side is resized to before the central crop, px: as the paper evaluates."""
+    return round(resolution * 256 / 224)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """No gradients, no dropping, and the module's mode restored."""
@@ -80,8 +85,7 @@ def outputs(
 ) -> Tensor:
     """What a model gives for the central crop of every image, in the store's order: (N, D) float32.
 
-    The shorter side is resized to 256/224 of the resolution first, as the paper evaluates. Asked to
-    `stop`, it is `Left`.
+    Asked to `stop`, it is `Left`.
     """
     device = store.device
     parts = []
@@ -92,7 +96,7 @@ def outputs(
                 some.height[rows],
                 some.width[rows],
                 size=resolution,
-                resize=round(resolution * 256 / 224),
+                resize=resized_side(resolution),
             )
             images = plain_views(some, crops, PLAIN)
             # Around the model only: a resize in bfloat16 would be off by 2/255.

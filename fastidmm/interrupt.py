@@ -39,7 +39,9 @@ def heed() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         _usual_effect()
-        os.write(2, STOPPED)  # print may be what was interrupted
+        # Of several ranks one speaks: launchers end them all.
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, STOPPED)  # print may be what was interrupted
         raise SystemExit(Interrupted.status)
 
     for number in _heeded():
@@ -47,8 +49,12 @@ def heed() -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Catch SIGINT, SIGTERM and SIGHUP once; a second one ends the process at once."""
+def stoppable(*, among_ranks: bool = False) -> Iterator[Stop]:
+    """Catch SIGINT, SIGTERM and SIGHUP once; a second one ends the process at once.
+
+    Among ranks it does not, nor does one that comes once they have agreed to stop: launchers send
+    one to every rank as soon as any has ended.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -57,7 +63,8 @@ def stoppable() -> Iterator[Stop]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        _usual_effect()
+        if not among_ranks:
+            _usual_effect()
 
     for number in before:
         signal.signal(number, ask)
@@ -65,7 +72,7 @@ def stoppable() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, ask if among_ranks and stop.requested else handler)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from fastidmm.errors import UsageError
 from fastidmm.facts import memory
 from fastidmm.preparing.decode import num_cores
+from fastidmm.ranks import world
 
 
 def cpu_threads() -> int:
@@ -56,7 +57,12 @@ def name_of(device: torch.device) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """The device a recipe names; `auto` is the first GPU where there is one."""
+    """The device a recipe names; `auto` is the first GPU where there is one.
+
+    Each of several ranks has a GPU of its own, by its number on this machine.
+    """
+    if world().size > 1:
+        return _of_a_rank(name, world().local)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -68,6 +74,19 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has no such GPU; choose auto or cpu.")
     return device
+
+
+def _of_a_rank(name: str, local: int) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UsageError(f"--device {name}: each of several ranks takes a GPU of its own: auto.")
+    if local >= (num := torch.cuda.device_count()):
+        raise UsageError(
+            f"there is no GPU for rank {world().rank}, since this machine has {num}: start as many "
+            "ranks as it has, or give --device cpu, by which they share its cores."
+        )
+    return torch.device("cuda", local)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastidmm.apex import apex
 from fastidmm.batch import Method, Options
+from fastidmm.ranks import world
 
 Schedule = Callable[[Tensor], Tensor]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -93,6 +94,26 @@ class Scaler:
         torch._amp_update_scale_(self.scale, self.good, skipped.float(), 2.0, 0.5, 2000)
 
 
+def shared_gradients(method: Method) -> list[Tensor]:
+    """Gradients of what every rank has."""
+    named = method.named_parameters()
+    return [p.grad for name, p in named if p.grad is not None and name not in method.shards]
+
+
+def gradient_norm(method: Method, grads: list[Tensor]) -> Tensor:
+    """Of all gradients there are: ()."""
+    if not method.shards:
+        return torch.nn.utils.get_total_norm(grads)
+    shared = shared_gradients(method)
+    own = [
+        p.grad
+        for name, p in method.named_parameters()
+        if name in method.shards and p.grad is not None
+    ]
+    elsewhere = world().sum(torch.nn.utils.get_total_norm(own).square())
+    return (torch.nn.utils.get_total_norm(shared).square() + elsewhere).sqrt()
+
+
 class Updated(NamedTuple):
     """What an update came to, as tensors."""
 
@@ -115,7 +136,7 @@ def update(
     Gradients are the scaler's times too large, where there is one. Nothing waits.
     """
     grads = [p.grad for p in method.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = gradient_norm(method, grads)
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss))
     failed, scale = skipped, None
     if scaler is not None:

@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,6 +42,7 @@ OptimizerOption = Annotated[
 InitOption = Annotated[
     str | None, typer.Option("--init", help="timm, or a checkpoint's folder seen from the run's.")
 ]
+LogOption = Annotated[str | None, typer.Option(help="tensorboard or wandb: curves there, too.")]
 HoldoutOption = Annotated[
     float | None,
     typer.Option(min=0, max=0.9, help="Share of the training images kept out, to choose by."),
@@ -54,7 +57,27 @@ RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help="The same
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
 ]
+GpusOption = Annotated[
+    int, typer.Option("--gpus", min=1, help="Of this machine; with --device cpu, processes.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+def by_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that `--gpus` or a launcher of its own has several processes do together."""
+
+    @wraps(command)
+    def done(*, gpus: int = 1, **flags: Any) -> None:
+        from fastidmm.ranks import asked, joined
+
+        if gpus > 1 and asked() == 1:
+            from fastidmm.launch import launch
+
+            raise typer.Exit(launch(gpus, sys.argv[1:]))
+        with joined():
+            command(gpus=gpus, **flags)
+
+    return done
 
 
 def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
@@ -80,6 +103,16 @@ def recipe_of(
         tables["run"]["dataset"] = current()
         note(f"dataset {tables['run']['dataset']!r}, the one prepared last")
     return Recipe.of(tables)
+
+
+def chosen_run(name: str | None) -> Path:
+    """The run that was named, or the newest, said so."""
+    from fastidmm.record import existing_run
+
+    folder = existing_run(name)
+    if name is None:
+        note(f"run {folder}, the newest")
+    return folder
 
 
 def note(message: str) -> None:

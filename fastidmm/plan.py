@@ -67,6 +67,8 @@ class GroupPlan:
     partner: Tensor  # (C,) int64: the crop of this group that is pasted or blended in
     box: Tensor  # (C, 4) int64: top, left, bottom, right of the part that CutMix pastes
     weight: Tensor  # (C,) float32: share of the crop that stays its own
+    place: Tensor  # (P,) int64: of the first P, those wanted, in the whole batch
+    total: int  # crops of the group in the whole batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     step: Tensor | int
     epoch: int  # from 0, known to the host
+    shares: tuple[int, ...]  # images of each rank: see `shares.py`
 
 
 def num_steps(num_rows: int, batch_size: int) -> int:
@@ -137,7 +140,21 @@ def draw(
             _draw_group(group, mix, rows, views, sizes, counters, (*when, index), cutmix_groups)
         )
         first_view += group.count
-    return Plan(rows, tuple(plans), when[1], epoch)
+    return Plan(rows, tuple(plans), when[1], epoch, (rows.numel(),))
+
+
+def unmixed(
+    sizes: tuple[Tensor, Tensor],
+    group: ViewGroup,
+    counters: Counters,
+    rows: Tensor,
+    *,
+    view: int,
+    epoch: int,
+) -> GroupPlan:
+    """A crop of each of these rows, by itself: what a group that mixes nothing makes of them."""
+    views = torch.full((1,), view, device=rows.device)
+    return _draw_group(group, "none", rows, views, sizes, counters, (epoch, 0, 0), 1)
 
 
 def _draw_group(
@@ -155,7 +172,12 @@ def _draw_group(
     origin, scale, window = (own.pop(name) for name in ("origin", "scale", "window"))
     crops = Crops(crop_rows, origin, scale, window, group.size, group.interpolation)
     partner, paste, weight = _draw_mix(group, mix, rows, counters, when, cutmix_groups)
-    return GroupPlan(crops=crops, **own, mix=mix, partner=partner, box=paste, weight=weight)
+    num = crop_rows.numel()
+    place = torch.arange(num, device=rows.device)
+    return GroupPlan(
+        crops=crops, **own, mix=mix, partner=partner, box=paste, weight=weight, place=place,
+        total=num,
+    )  # fmt: skip
 
 
 def own_draws(

@@ -48,6 +48,7 @@ class RunOptions(Options):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training split kept out of it
     patience: Auto = 0  # epochs without a better held-out score that end a stage; 0: never
     micro_batches: Auto = 0
+    log: Literal["none", "tensorboard", "wandb"] = "none"  # where metric lines go, too
     log_every: Auto = 0  # steps
     knn_every: Auto = 0  # epochs
     score_every: Count = 20  # epochs between scores on held-out or else on test images

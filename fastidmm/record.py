@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
 from fastidmm.preparing.files import naming
 from fastidmm.progress import say
+from fastidmm.ranks import world
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -49,6 +50,8 @@ class Record:
         self._waiting: deque[tuple[dict[str, Any], torch.cuda.Event | None]] = deque()
         self._begun: dict[str, str] = {}  # sums of what never changes
         self._told, self._num_bytes = hashlib.sha256(), 0  # of the metric lines written
+        self.tell: Callable[[list[dict[str, Any]]], None] = lambda lines: None  # of them, to others
+        self._writes = world().first  # the other ranks follow, and leave the folder alone
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, store: Store) -> "Record":
@@ -170,6 +173,9 @@ class Record:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run: a second process that would train it is refused."""
+        if not self._writes:
+            yield
+            return
         with (self.folder / ".lock").open("w") as lock:
             try:
                 # Not flock, which a loader's workers would go on holding when this is killed.
@@ -213,12 +219,15 @@ class Record:
                 event.synchronize()
             self._waiting.popleft()
             written.append(plain(values))
+        if not self._writes:
+            return written
         if written:
             path = self.folder / METRICS
             text = _text(written)
             with naming(path), path.open("a") as file:
                 file.write(text)
             self._count(text)
+            self.tell(written)
         if wait:
             with naming(self.folder / METRICS):
                 checkpoint.sync(self.folder / METRICS)
@@ -234,13 +243,15 @@ class Record:
         `kept` are the sums in the checkpoint. Lines are for people: that some are not as they were
         is said, and costs no run.
         """
+        self._waiting.clear()
+        if not self._writes:
+            return
         lines = kept.get(METRICS)
         if lines and _hash(self._read()[: lines["bytes"]]) != lines["sha256"]:
             say(
                 f"warning: {self.folder / METRICS} was changed or damaged: lines that cannot be "
                 "read are dropped. Weights are not affected."
             )
-        self._waiting.clear()
         text = _text([line for line in self.metrics() if line["step"] <= step])
         self._told, self._num_bytes = hashlib.sha256(), 0
         self._count(text)
@@ -289,6 +300,7 @@ def environment(store: Store, device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": name_of(device),
         "threads": cpu_threads(),
+        "ranks": world().size,
         "command": sys.argv,
         "train_fingerprint": store.fingerprint,
         "num_train": len(store),

@@ -7,6 +7,7 @@ from fastidmm.assemble import check_labels, training_rows
 from fastidmm.backbones.build import check_resolution
 from fastidmm.preparing.prepare import prepare
 from fastidmm.progress import say
+from fastidmm.ranks import world
 from fastidmm.recipe import Recipe
 from fastidmm.registry import find
 from fastidmm.reporting.report import write
@@ -25,14 +26,14 @@ def prepare_demo() -> None:
 def run_all(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """What `evaluate` finds after all stages, and where the report is."""
     if recipe.run.dataset == "demo":
-        prepare_demo()
+        world().tell(prepare_demo)
     check(recipe)
     folder = Path(pretrain(recipe, run)["run"])
     for pretrained in (True, False):
         finetune(folder, {}, [], pretrained=pretrained)
     if recipe.finetune_high.epochs:
         finetune(folder, {"run.resolution": recipe.finetune_high.resolution}, [])
-    return {**evaluate(folder), "report": str(write(folder))}
+    return world().tell(lambda: {**evaluate(folder), "report": str(write(folder))})
 
 
 def check(recipe: Recipe) -> None:

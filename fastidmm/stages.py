@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastidmm import logs
 from fastidmm.apex import check
 from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
@@ -15,6 +16,8 @@ from fastidmm.evaluate import Score
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
 from fastidmm.progress import SHOWN, say
+from fastidmm.quality import rising
+from fastidmm.ranks import world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
 from fastidmm.registry import find
@@ -24,7 +27,7 @@ from fastidmm.train import train
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
     "dataset", "backbone", "loader", "seed", "device", "precision", "optimizer", "exact", "capture",
-    "compile", "num_images", "holdout", "patience", "score_every",
+    "compile", "num_images", "holdout", "patience", "score_every", "log",
 )  # fmt: skip
 
 
@@ -39,6 +42,7 @@ def begun(folder: Path, recipe: Recipe) -> Record:
     """The record of a recipe in a new folder. What cannot be done is said before."""
     device = device_of(recipe.run.device)
     check(recipe.run.optimizer, device)
+    logs.check(recipe.run.log)
     store = training_rows(recipe)
     recipe, why = settled(recipe, store, device)
     if why:
@@ -51,12 +55,13 @@ def begun(folder: Path, recipe: Recipe) -> Record:
 
 def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in a new folder; what came out."""
-    record = begun(folder, recipe)
+    record = Record(Path(world().tell(lambda: str(begun(folder, recipe).folder))))
     try:
         told = train(record)
     except (UsageError, DataError):
-        if not record.checkpoints.exists():  # what never began would be in the way
-            shutil.rmtree(folder)
+        # What never began would be in the way.
+        if not record.checkpoints.exists() and world().first:
+            shutil.rmtree(record.folder)
         raise
     return summary(record) | told
 
@@ -200,6 +205,11 @@ def summary(record: Record) -> dict[str, Any]:
         "checkpoint": str(record.result),
         **{key: last[key] for key in SHOWN if key in last},
     }
+    if recipe.run.method != "supervised":
+        seen = [
+            (line["epoch"], line["knn_top1"]) for line in record.metrics() if "knn_top1" in line
+        ]
+        found |= {"knn_top1_rises": per_100} if (per_100 := rising(seen)) else {}
     for split in ("test", "holdout"):
         # The last line may be one that damage took.
         if f"{split}_num" in last and (top := best(record, split)):

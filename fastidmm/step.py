@@ -1,14 +1,18 @@
-"""One training step: forward, loss, backward, update. Nothing in it waits for the device."""
+"""One training step: forward, loss, backward, update. Nothing in it waits for the device.
 
-from dataclasses import dataclass
+Each rank makes its share of the global batch; gradients are summed, so that all move alike.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastidmm.assemble import Parts
 from fastidmm.batch import Batch, Loss
-from fastidmm.optim import update
+from fastidmm.optim import shared_gradients, update
 from fastidmm.progress import say
+from fastidmm.ranks import world
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +38,40 @@ class Stepped:
 
 def step(parts: Parts, batch: Batch) -> Stepped:
     """Learn from a batch, which knows which step it is of."""
-    return advance(parts, batch, backward(parts, batch))
+    return advance(parts, batch, together(parts, batch, backward(parts, batch)))
 
 
 def backward(parts: Parts, batch: Batch) -> Loss:
-    """Gradients of the whole batch, in as many passes as memory asks for."""
+    """Gradients of a rank's share of the batch, in as many passes as memory asks for."""
     parts.counters.step = batch.step
+    # Ranks that exchange something within a pass cannot begin it again by themselves.
+    bound = world().size > 1 and not parts.method.rows_independent
+    most = sum(views.total for views in batch.groups)
     while True:
-        losses = []
+        losses, problem = [], None
         try:
-            micros = [m for m in batch.micro(parts.state.micro_batches) if m.num_crops]
+            micros = [m for m in batch.micro(parts.state.micro_batches) if m.num_crops] or [batch]
             if len(micros) > 1 and parts.method.features_first:
                 return _features_first(parts, batch, micros)
             for micro in micros:
                 with _autocast(parts):
                     losses.append(parts.method(micro))
                 _scaled(parts, losses[-1].total).backward()
+        except torch.OutOfMemoryError as short:
+            capturing = (
+                parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            )
+            if bound or capturing:
+                raise
+            problem = short.with_traceback(None)  # whose frames would hold memory
+        if bound or not world().any(problem is not None):
             return _sum(losses)
-        except torch.OutOfMemoryError:
-            if parts.store.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise
-            parts.optimizer.zero_grad(set_to_none=True)
-            losses.clear()
-            released = parts.release()
-            whole = not parts.method.can_be_cut()
-            if not released and (whole or parts.state.micro_batches >= batch.num_crops):
-                raise
+        parts.optimizer.zero_grad(set_to_none=True)
+        losses.clear()
+        released = parts.release()
+        whole = not parts.method.can_be_cut()
+        if not released and (whole or parts.state.micro_batches >= most):
+            raise problem or torch.OutOfMemoryError("on another rank")
         torch.cuda.empty_cache()
         if released:
             continue
@@ -86,7 +98,7 @@ def _features_first(parts: Parts, batch: Batch, micros: list[Batch]) -> Loss:
         with _autocast(parts):
             again = method.features(micro)
         again.backward(share)
-    return Loss(loss.total.detach(), loss.parts, loss.keep)
+    return replace(loss, total=loss.total.detach())
 
 
 def _autocast(parts: Parts) -> torch.autocast:
@@ -108,7 +120,7 @@ def advance(parts: Parts, batch: Batch, loss: Loss) -> Stepped:
         param.grad = None
     lr = parts.schedule(number)
     made = update(parts.optimizer, parts.method, loss.total, lr, number, parts.scaler)
-    parts.method.after_step(loss.keep, number, made.skipped)
+    parts.method.after_step(loss.keep | loss.sums, number, made.skipped)
     return Stepped(loss.total, loss.parts, made.norm, lr, made.failed, batch.num_images)
 
 
@@ -118,5 +130,19 @@ def _sum(losses: list[Loss]) -> Loss:
         key: torch.stack([loss.parts[key] for loss in losses]).sum() for key in losses[0].parts
     }
     keep = {key: torch.cat([loss.keep[key] for loss in losses]) for key in losses[0].keep}
+    sums = {key: torch.stack([loss.sums[key] for loss in losses]).sum(0) for key in losses[0].sums}
     total = torch.stack([loss.total.detach() for loss in losses]).sum()
-    return Loss(total, parts, keep)
+    return Loss(total, parts, keep, sums)
+
+
+def together(parts: Parts, batch: Batch, loss: Loss) -> Loss:
+    """What all ranks made: gradients and losses summed, and the rows of every rank."""
+    here = world()
+    if here.size == 1:
+        return loss
+    numbers = torch.stack([loss.total.detach(), *loss.parts.values()])
+    sums = {key: tensor.clone() for key, tensor in loss.sums.items()}
+    here.add_up([*shared_gradients(parts.method), numbers, *sums.values()])
+    total, *rest = numbers
+    keep = {key: here.gather(tensor, batch.shares) for key, tensor in loss.keep.items()}
+    return Loss(total, dict(zip(loss.parts, rest, strict=True)), keep, sums)

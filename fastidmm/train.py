@@ -10,15 +10,18 @@ from torch import Tensor
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
 from fastidmm.capture import stepped
-from fastidmm.errors import Interrupted, NumericalError, OutOfMemoryError
+from fastidmm.errors import Gone, Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.forecast import Course, Outlook, keep
 from fastidmm.interrupt import Left, Stop, stoppable
+from fastidmm.logs import told
 from fastidmm.progress import Clock, Progress, say
+from fastidmm.quality import alignment, rankme, retrieval, spread, two_crops, uniformity
+from fastidmm.ranks import world
 from fastidmm.record import Record, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
-from fastidmm.watch import Watch, spread
+from fastidmm.watch import Watch
 
 MEMORY_OF_STRIKES = 100  # steps
 
@@ -32,8 +35,13 @@ def train(record: Record) -> dict[str, float]:
     if record.finished:
         say(f"{record.folder} is finished: {record.steps} steps of {record.total_steps}.")
         return {}
+    parts: Parts | None = None
     try:
-        with record.locked(), stoppable() as stop:
+        with (
+            record.locked(),
+            told(record),
+            stoppable(among_ranks=world().size > 1) as stop,
+        ):
             parts = assemble(record)
             restore(parts)
             run = parts.recipe.run
@@ -47,8 +55,9 @@ def train(record: Record) -> dict[str, float]:
             if parts.state.ended:
                 best = parts.state.best_step // parts.loader.steps_per_epoch
                 say(f"ended early: no better score on held-out images since epoch {best}.")
-            # Also after the last step: what follows in the same command is not begun.
-            if stop.requested:
+            # Also after the last step: what follows in the same command is not begun, nor before
+            # the first rank has written what it reads.
+            if world().any(stop.requested):
                 at = f"stopped at step {parts.state.step}"
                 raise Interrupted(f"{at}; `fastidmm resume {record.folder}` goes on.")
             if outlook.told:
@@ -59,6 +68,11 @@ def train(record: Record) -> dict[str, float]:
             "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
             "what else runs there."
         ) from None
+    except Gone as problem:
+        at = f"at step {parts.state.step + 1}" if parts else "before the first step"
+        raise Gone(
+            f"{problem} {at}; `fastidmm resume {record.folder}` goes on from the last checkpoint."
+        ) from None
 
 
 def course_of(parts: Parts) -> Course:
@@ -68,7 +82,7 @@ def course_of(parts: Parts) -> Course:
         len(parts.store),
         run.batch_size,
         run.epochs,
-        knn=every.knn if parts.store.num_classes > 1 else 0,
+        knn=every.knn,
         score=every.score if parts.judge is not None else 0,
         checkpoint=every.checkpoint,
     )
@@ -117,11 +131,14 @@ def steps(
             done = done or state.ended
         # A new best and what it is the best of must not part.
         best = state.best_step == state.step
-        asked = stop.requested  # once: a signal from here on is heard after the next step
+        # Once: a signal from here on is heard after the next step.
+        if asked := world().any(stop.requested):
+            stop.requested = True
         keep = done or best or asked or every.due(state.step, every.checkpoint)
         lines = record.flush(wait=keep)
         left = [state.line] if state.line else []
-        if strikes(parts, lines + left, progress):
+        # Lines come to each rank in its own time: the first counts.
+        if world().any(strikes(parts, lines + left, progress) and world().first):
             return False
         outlook.arrived(lines, clock)
         if keep:
@@ -192,12 +209,11 @@ def roll_back(parts: Parts) -> None:
 
 def save(parts: Parts, clock: Clock) -> None:
     """Write a checkpoint of everything the next step depends on."""
+    tensors = checkpoint.tables(parts.method, parts.optimizer, parts.scaler)
+    if not world().first:
+        return
     state = parts.state
     state.seconds += clock.lap()
-    tensors = {
-        checkpoint.MODEL: parts.method.state_dict(),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(parts.optimizer, parts.scaler),
-    }
     values = {name: getattr(state, name) for name in State.__slots__}
     with beside(parts, clock, "checkpoint"):
         checkpoint.save(parts.record.checkpoints, state.step, tensors, values, parts.record.sums)
@@ -219,38 +235,58 @@ def restore(parts: Parts) -> None:
     if path is not None:
         take_up(parts, *checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER))
     parts.record.cut(parts.state.step, kept)
+    world().meet()  # before the first rank writes any more, all have read
 
 
 def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:
     """Be where a checkpoint's tensors and state were."""
     model, optimizer = tensors
+    checkpoint.own_rows(parts.method, parts.optimizer, model, optimizer)
     parts.method.load_state_dict(model)
     checkpoint.load_optimizer(parts.optimizer, parts.scaler, optimizer)
-    parts.state = State(**values)
+    parts.state = State(**{**values, "ranks": world().size})
     parts.counters.attempt = parts.state.attempt
 
 
 def looks(
     parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool
 ) -> dict[str, float]:
-    """What a metric line says of images seen whole: kNN, and a classifier's score, when due."""
+    """What a metric line says of features, and of a classifier, when due.
+
+    The first rank looks, the others wait for what it finds.
+    """
+
+    def unless_left() -> dict[str, float] | None:
+        try:
+            return seen(parts, every, clock, stop, done=done)
+        except Left:
+            return None
+
+    found = world().tell(unless_left)
+    if found is None:
+        raise Left
+    if "holdout_top1" in found:
+        keep_best(parts, found["holdout_top1"])
+    return found
+
+
+def seen(parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool) -> dict[str, float]:
+    """As `looks`, by this rank."""
     found: dict[str, float] = {}
     step = parts.state.step
-    if parts.store.num_classes > 1 and (done or every.due(step, every.knn)):
+    if done or every.due(step, every.knn):
         with beside(parts, clock, "knn"):
-            found |= online_knn(parts, stop)
+            found |= features_seen(parts, stop)
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
         with beside(parts, clock, "score"):
             judged = classified(parts, parts.judge, stop)
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
-        if split == "holdout":
-            keep_best(parts, judged.value)
     return found
 
 
-def online_knn(parts: Parts, stop: Stop) -> dict[str, float]:
-    """Leave-one-out kNN top-1 on the training labels, and how far images' features are apart.
+def features_seen(parts: Parts, stop: Stop) -> dict[str, float]:
+    """What the training images' features look like; with labels, their leave-one-out kNN top-1.
 
     The test split is never looked at.
     """
@@ -262,8 +298,21 @@ def online_knn(parts: Parts, stop: Stop) -> dict[str, float]:
         dtype=parts.dtype,
         stop=stop,
     )
-    found = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
-    return {"knn_top1": score(found, store.label).value, "spread": spread(features)}
+    found = {}
+    if store.num_classes > 1:
+        near = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
+        found["knn_top1"] = score(near, store.label).value
+    found |= {
+        "spread": spread(features),
+        "rankme": rankme(features),
+        "uniformity": uniformity(features),
+    }
+    if parts.method.classifier() is None:  # else classes are learnt, and not to tell images apart
+        one, other = two_crops(
+            parts.method.backbone_for_export(), store, parts.method.views[0], run.seed, parts.dtype
+        )
+        found |= {"alignment": alignment(one, other), "retrieval_top1": retrieval(one, other)}
+    return found
 
 
 def classified(parts: Parts, store: Store, stop: Stop) -> Score:
@@ -280,7 +329,8 @@ def keep_best(parts: Parts, value: float) -> None:
     state, run = parts.state, parts.recipe.run
     if value > state.best or not state.best_step:
         state.best, state.best_step = value, state.step
-        tensors = {checkpoint.MODEL: parts.method.state_dict()}
-        checkpoint.save(parts.record.best, state.step, tensors, {"holdout_top1": value})
+        if world().first:
+            tensors = {checkpoint.MODEL: parts.method.state_dict()}
+            checkpoint.save(parts.record.best, state.step, tensors, {"holdout_top1": value})
     waited = (state.step - state.best_step) / parts.loader.steps_per_epoch
     state.ended = bool(run.patience) and waited >= run.patience

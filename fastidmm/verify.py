@@ -21,6 +21,8 @@ from fastidmm.train import take_up
 
 Tables = list[dict[str, Tensor]]  # the model's and the optimizer's
 FILES = checkpoint.MODEL, checkpoint.OPTIMIZER
+# How near losses are to those of several ranks, whose sums round otherwise.
+NEAR = 1e-3
 SURROUNDINGS = ("fastidmm", "torch", "python", "machine", "device", "threads")
 
 
@@ -36,6 +38,7 @@ class Evidence:
     last: int
     start: tuple[Tables, dict[str, Any]]
     attempt: int
+    ranks: int  # that made the steps
     cut_anew: bool  # whether memory became short on the way, and batches were cut smaller
     lines: dict[int, dict[str, Any]]
     checkpoints: dict[int, Tables]
@@ -50,6 +53,7 @@ class Replay:
     last: int
     losses: int  # metric lines there were to compare with
     checkpoints: list[int]  # and checkpoints, by their steps
+    ranks: int = 1  # that made the steps; by several, losses alone are compared, and not to the bit
     difference: str = ""
     reason: str = ""
 
@@ -63,6 +67,9 @@ class Replay:
         if self.difference:
             return begun + f"differs first at {self.difference}"
         losses = [f"{self.losses} loss{'es' * (self.losses > 1)}"] if self.losses else []
+        if self.ranks > 1:
+            near = f"within {NEAR:g} of those of {self.ranks} ranks, which round otherwise"
+            return begun + f"{', '.join(losses)} {near}"
         weights = [f"weights and moments at step {number}" for number in self.checkpoints]
         return begun + f"bit-identical ({', '.join(losses + weights)})"
 
@@ -109,6 +116,7 @@ def replay(record: Record, steps: int) -> Replay:
         last=kept.last,
         losses=len(kept.lines),
         checkpoints=list(kept.checkpoints),
+        ranks=kept.ranks,
         difference=difference,
         reason=reason(parts, kept) if difference else "",
     )
@@ -160,6 +168,7 @@ def _evidence(record: Record, steps: int) -> Evidence:
         last=max(ahead + logged),
         start=start,
         attempt=after["attempt"],
+        ranks=max(state.get("ranks", 1) for state in (start[1], after)),
         cut_anew=after["micro_batches"] != start[1]["micro_batches"],
         lines={n: lines[n] for n in logged},
         checkpoints={n: checkpoint.load(kept[n], *FILES)[0] for n in ahead},
@@ -179,24 +188,32 @@ def compare(parts: Parts, kept: Evidence) -> str:
             if line := kept.lines.get(number):
                 epoch = -(-number // parts.loader.steps_per_epoch)
                 now = {"epoch": epoch, **made.numbers(), "skipped": skipped}
-                difference = _lines_differ(line, now)
+                difference = _lines_differ(line, now, kept.ranks)
                 skipped = torch.zeros_like(skipped)
             elif Cadence.due(number, logs) and number < max(kept.lines, default=0):
                 difference = "no metric line of it, and of later ones"
-            if not difference and number in kept.checkpoints:
+            if not difference and kept.ranks == 1 and number in kept.checkpoints:
                 difference = _tensors_differ(kept.checkpoints[number], parts)
             if difference:
                 return f"step {number}: {difference}"
     return ""
 
 
-def _lines_differ(line: dict[str, Any], now: dict[str, Any]) -> str:
+def _lines_differ(line: dict[str, Any], now: dict[str, Any], ranks: int) -> str:
     for key, value in plain(now).items():
         if key not in line:
             return f"{key} not recorded"
+        if ranks > 1 and (key not in ("loss", "skipped") or _near(line[key], value)):
+            continue
         if line[key] != value:
             return f"{key} {line[key]!r} recorded, {value!r} now"
     return ""
+
+
+def _near(recorded: float | None, value: float | None) -> bool:
+    if recorded is None or value is None:
+        return recorded is value
+    return abs(recorded - value) <= NEAR * abs(recorded)
 
 
 def _tensors_differ(then: Tables, parts: Parts) -> str:

@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 STEPS = 50  # over which the mean of the loss counts
 MARGIN = 1e-3  # of what guessing costs
 LEAST_SPREAD = 1e-3  # of features about their mean, as a share of their length
@@ -49,10 +47,3 @@ class Watch:
         if kind not in self._said:
             self._said.add(kind)
             yield f"warning: {sentence}"
-
-
-def spread(features: Tensor) -> float:
-    """How far features (N, D) lie from their mean, as a share of their length: 0 to 1."""
-    lengths = features.double().square().sum(dim=1).mean().sqrt()
-    apart = (features - features.mean(dim=0)).double().square().sum(dim=1).mean().sqrt()
-    return float(apart / lengths) if lengths else 0.0

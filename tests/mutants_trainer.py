@@ -19,6 +19,8 @@ SUM = "methods::test_micro_batches_sum_to_the_batch"
 IDMM_IS = "methods::test_idmm_is_the_mean_over_large_plus_the_mean_over_small"
 SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_labels"
 REPLAYED = "capture::test_replays_are_the_steps_themselves[supervised]"
+SHARES = "fastidmm/shares.py"
+RANKED = "ranks::test_losses_and_gradients_are_those_of_one_process"
 KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
 SIGNAL = "train::test_resuming_mid_epoch_after_a_signal"
 PATIENCE = "holdout::test_patience_ends_a_stage_and_the_best_counts"
@@ -42,8 +44,8 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "evaluation from a corner": ((PLAN, "plan::test_central_crops_lie_where_torchvision_cuts"), [("((resized - size).double() / 2).round()", "(resized - size).double() * 0")]),
     "labels shifted by one": ((LOADER, FOLLOW), [("labels=self.label[rows],\n", "labels=self.label[rows - 1],\n")]),
     "partners' labels are the crops' own": ((LOADER, FOLLOW), [("partner_labels=self.label[partners]", "partner_labels=self.label[rows]")]),
-    "partners are the crops themselves": ((LOADER, FOLLOW), [("partners = rows[group_plan.partner]", "partners = rows")]),
-    "places begin anew in every group": ((LOADER, FOLLOW), [("first += rows.numel()", "first += 0")]),
+    "partners are the crops themselves": ((LOADER, FOLLOW), [("group_plan.crops.rows[group_plan.partner[:num]]", "rows")]),
+    "places begin anew in every group": ((LOADER, FOLLOW), [("first += group_plan.total", "first += 0")]),
     "standard deviation of the published slip": ((BATCH, "recipe::test_paper_and_official_differ_where_the_published_code_differs"), [("IMAGENET_STD = (0.229,", "IMAGENET_STD = (0.228,")]),
     # The loss.
     "CutMix's target without the partner": ((IDMM, IDMM_IS), [("views.partners,", "views.rows,")]),
@@ -56,7 +58,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "fine-tuning's micro-batches divided by their own size": ((SUPERVISED, SUM), [("1 / views.total", "1 / views.rows.numel()")]),
     "smoothing over N - 1": ((LOSS, "instance_loss " + IDMM_IS), [("smoothing * logits.mean(dim=1)", "smoothing * logits.sum(dim=1) / max(logits.shape[1] - 1, 1)")]),
     "loss in bf16": ((LOSS, "instance_loss"), [("torch.autocast(z.device.type, enabled=False)", "torch.autocast(z.device.type, torch.bfloat16)")]),
-    "drop-path by the place in the micro-batch": ((BATCH, SUM), [("set_place(torch.cat([groups[i].place for i in chosen]))", "set_place(torch.arange(sum(groups[i].place.numel() for i in chosen)))")]),
+    "drop-path by the place in the micro-batch": ((BATCH, SUM), [("set_place(places)", "set_place(torch.arange(len(places)))")]),
     "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p))", "keep = (~happens(words[:1], self.p).expand(len(x)))")]),
     "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)", "keep = (~happens(words, self.p)).to(x.dtype)")]),
     "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.p == 0", "if self.p == 0")]),
@@ -75,9 +77,18 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "infinite losses let through": ((OPTIM, SKIPPED), [("~(torch.isfinite(norm) & torch.isfinite(loss))", "~torch.isfinite(norm)")]),
     "gradient of the last micro-batch": ((STEP, GRADIENT), [("                _scaled(parts, losses[-1].total).backward()", "                parts.optimizer.zero_grad()\n                _scaled(parts, losses[-1].total).backward()")]),
     "loss of the last micro-batch": ((STEP, GRADIENT), [("total = torch.stack([loss.total.detach() for loss in losses]).sum()", "total = losses[-1].total.detach()")]),
-    "gradients before memory ran out are kept": ((STEP, GRADIENT), [("            parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
-    "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep, number, made.skipped)\n", "")]),
+    "gradients before memory ran out are kept": ((STEP, GRADIENT), [("        parts.optimizer.zero_grad(set_to_none=True)\n", "")]),
+    "teachers stay behind": ((STEP, "step::test_what_follows_a_step_sees_the_whole_batch_and_moved_weights"), [("    parts.method.after_step(loss.keep | loss.sums, number, made.skipped)\n", "")]),
     "bf16 asked for and not used": ((STEP, "step::test_layers_compute_in_the_precision_asked_for"), [("enabled=parts.dtype != torch.float32", "enabled=False")]),
+    # Among ranks.
+    "each rank goes its own way": ((STEP, RANKED), [("here.add_up([*shared_gradients(parts.method), numbers", "here.add_up([numbers")]),
+    "keys of this rank alone": (("fastidmm/methods/mocov3.py", RANKED), [("            keys = [world().gather(key, batch.shares) for key in keys]\n", ""), ("torch.arange(first, last,", "torch.arange(last - first,")]),
+    "statistics of this rank's crops": (("fastidmm/norms.py", "ranks::test_what_ranks_exchange"), [("world().sum(centred.square().flatten(0, -2).sum(dim=0)) / num", "centred.square().flatten(0, -2).mean(dim=0)")]),
+    "partners by their place in the whole batch": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("+ partner % batch - first", "+ partner % batch - first // 2")]),
+    "places by the rank": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("place=wanted)", "place=torch.arange(len(wanted), device=device))")]),
+    "smoothing over a rank's rows": (("fastidmm/sharded.py", "sharded::test_the_loss_of_a_head_in_parts_is_that_of_the_whole"), [("rest = smoothing / sum(shards)", "rest = smoothing / max(1, shards[here.rank])")]),
+    "rows of the first rank kept": ((CHECKPOINT, "sharded::test_runs_go_on_wherever_rows_are"), [("table[name] = table[name][slice(*world().own(sizes))]", "table[name] = table[name][: sizes[world().rank]]")]),
+    "a signal lost while ranks agree": ((TRAIN, "ranks_runs::test_a_signal_to_one_rank_stops_all_and_another_number_goes_on"), [("if asked := world().any(stop.requested):\n            stop.requested = True", "if asked := world().any(stop.requested) and world().first:\n            stop.requested = True")]),
     # Going on.
     "a step left out after a resume": ((CAPTURE, KILLED), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step + bool(parts.state.step))")]),
     "a resume begins the epoch anew": ((CAPTURE, SIGNAL), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),

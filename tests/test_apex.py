@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import apex_stand_in
 import pytest
@@ -129,3 +130,8 @@ def test_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
             apex.check("fused_adam", gpu)
     monkeypatch.setattr(apex, "apex_kind", lambda: "cuda")
     apex.check("fused_adam", gpu)
+    apex.check("fused_lamb", gpu)
+    monkeypatch.setattr(apex, "world", lambda: SimpleNamespace(size=2))
+    apex.check("fused_adam", gpu)
+    with pytest.raises(UsageError, match="use fused_adam or adamw with --gpus"):
+        apex.check("fused_lamb", gpu)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def test_no_benchmark_asks_the_net(audited: Audited, words: str) -> None:
 
 @pytest.mark.slow
 def test_no_command_asks_the_net(audited: Audited) -> None:
+    onnx = ["export one --to onnx --out one-onnx"] if find_spec("onnxscript") else []
     audited.type(
         "list",
         "doctor",
@@ -153,6 +155,11 @@ def test_no_command_asks_the_net(audited: Audited) -> None:
         "report one",
         "resume one",
         "verify one",
+        "export one --out one-timm",
+        "export runs/one/finetune-16 --to pt2 --out one-pt2",
+        *onnx,
+        "embed one --from toy --out store.npz",
+        "embed one --from photos --out folder.npz",
         f"run --dataset toy --run all {TINY} --set finetune.epochs=1 --set finetune.resolution=16",
         "compare one all",
         "reproduce T2 --dry-run",

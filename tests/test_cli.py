@@ -2,12 +2,16 @@
 
 import errno
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
 from fastidmm import checkpoint, cli
 
@@ -45,6 +49,22 @@ def test_help_is_instant_because_torch_stays_out() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_every_command_shows_an_example_that_it_takes() -> None:
+    whole = typer.main.get_command(cli.app)
+    assert isinstance(whole, TyperGroup)
+    groups = [c for c in whole.commands.values() if isinstance(c, TyperGroup)]
+    found = [c for group in (whole, *groups) for c in group.commands.values()]
+    alone = [c for c in found if c not in groups]
+    assert len(alone) > 20
+    for command in alone:
+        (typed,) = re.findall(r"Example: fastidmm (.+)", command.help or "")
+        words = shlex.split(typed)
+        within = next((g for g in groups if g.name == words[0]), None)
+        own = words[2:] if within else words[1:]
+        assert command.name == words[1 if within else 0], typed
+        command.make_context(command.name, own)  # as typing it would read it
+
+
 def test_list_prints_every_name_whatever_the_width(
     typed: Type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +99,11 @@ def test_from_photographs_to_a_report(typed: Type, home: Path, photos: MakePhoto
         assert all(cell["num"] == 8 for cell in scores[arm].values())
     status, out, _ = typed("report")
     assert status == 0 and Path(out.strip()).is_file()
+    status, out, err = typed("export", "--out", "model", "--json")
+    assert status == 0 and "runs/mine_vit_micro_idmm, the newest" in err.splitlines()[0]
+    assert set(json.loads(out)["files"]) == {path.name for path in Path("model").iterdir()}
+    status, out, _ = typed("embed", "--from", "photos", "--out", "features.npz")
+    assert status == 0 and out == "features.npz: 28 photographs, 128 features of each\n"
 
 
 def test_run_does_it_all(typed: Type, toy: str) -> None:
@@ -194,8 +219,10 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
 
 
 def test_no_runs_yet(typed: Type, toy: str) -> None:
-    for command in ("finetune", "evaluate", "report", "resume"):
-        status, _, err = typed(command)
+    embed = ("embed", "--from", toy, "--out", "features.npz")
+    others = ("finetune", "evaluate", "report", "resume")
+    for command in (("export", "--out", "out"), embed, *((name,) for name in others)):
+        status, _, err = typed(*command)
         assert status == 2 and "begin with `fastidmm pretrain`" in sentence(err)
 
 

@@ -29,7 +29,7 @@ from fastidmm.evaluate import (
 from fastidmm.interrupt import Stop
 from fastidmm.plan import central_crops
 from fastidmm.record import Record
-from fastidmm.train import online_knn
+from fastidmm.train import features_seen
 
 
 def clusters(num: int, dims: int, classes: int, seed: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def test_the_knn_of_a_metric_line_leaves_each_image_out(toy: str) -> None:
         sum(found == label for found, label in zip(votes, labels.tolist(), strict=True)) / 20
         for votes in (naive_knn(features, labels, features, 2, own=own) for own in (True, False))
     )
-    assert online_knn(parts, Stop())["knn_top1"] == left_out < with_own
+    assert features_seen(parts, Stop())["knn_top1"] == left_out < with_own
 
 
 # --- linear probe -------------------------------------------------------------------------------

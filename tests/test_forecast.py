@@ -74,7 +74,7 @@ def test_a_run_does_what_was_counted(toy: str, num: int, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(module, name, noted)
 
-    noting(train, "online_knn", lambda _: "knn")
+    noting(train, "features_seen", lambda _: "knn")
     noting(train, "classified", lambda _: "score")
     noting(checkpoint, "save", lambda _: "checkpoint")
     noting(IDMM, "forward", lambda a: a[1].num_images)

@@ -169,7 +169,7 @@ def test_a_large_crop_weighs_twice_an_equal_small_one() -> None:
     small = replace(small, **same)
     for views in (large, small):
         views.pixels.requires_grad_()
-    method(Batch((large, small), 0, 0, 7)).total.backward()
+    method(Batch((large, small), 0, 0, (7,))).total.backward()
     assert large.pixels.grad is not None and small.pixels.grad is not None
     ours, theirs = large.pixels.grad[5], 2 * small.pixels.grad[3]
     assert float(ours.abs().max()) > 0

@@ -27,6 +27,7 @@ from fastidmm import checkpoint, scoring
 from fastidmm.assemble import assemble
 from fastidmm.forecast import FORECAST, keep
 from fastidmm.methods.idmm import IDMM, IDMMOptions
+from fastidmm.ranks import World, world
 from fastidmm.record import METRICS, Record
 from fastidmm.reporting.curves import BOTTOM, LEFT, RIGHT, Series, chart
 from fastidmm.reporting.inside import ASKED, NEAREST, SIDE, WORST, inside
@@ -111,7 +112,7 @@ def test_the_likeliest_other_is_never_the_image_itself() -> None:
     """By hand: logits of 5, 2.6, 0; of 0, 5.1, 1; and of 0, 0.1, 5."""
     backbone = nn.Identity()
     backbone.num_features = 3  # type: ignore[assignment]
-    method = IDMM(backbone, IDMMOptions(), resolution=16, num_rows=3)
+    method = IDMM(backbone, IDMMOptions(), resolution=16, num_rows=3, batch_size=3)
     with torch.no_grad():
         method.head.weight.copy_(torch.tensor([[1, 0, 0], [0.5, 1, 0], [0, 0.2, 1]]))
         method.head.bias.copy_(torch.tensor([0, 0.1, 0]))
@@ -141,6 +142,21 @@ def test_a_look_has_bounds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = Record(run / "finetune-16")
     found = inside(tuned, store, tuned.result)
     assert len(found.near) == 5 and found.unfit == () and found.mean is None
+
+
+def test_the_first_of_several_ranks_looks_by_itself(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that was dealt out in training is whole in a checkpoint, and here."""
+    store = assemble(Record(copy)).store
+    alone = inside(Record(copy), store, Record(copy).result)
+    path = copy / "recipe.toml"
+    recipe = path.read_text().replace('head = "auto"', 'head = "sharded"')
+    assert "sharded" in recipe
+    path.write_text(recipe)
+    monkeypatch.setattr("fastidmm.ranks._here", World(rank=0, size=2))
+    assert inside(Record(copy), store, Record(copy).result) == alone
+    assert world().size == 2
 
 
 def test_what_was_found_inside_is_shown(run: Path, page: str) -> None:
@@ -237,12 +253,12 @@ def test_what_was_forecast_stands_beside_what_it_took(copy: Path) -> None:
 
 
 def test_whatever_lines_hold_is_a_curve(copy: Path) -> None:
-    lines = [{**line, "rank_me": 7.25} for line in Record(copy).metrics()]
-    lines[0]["rank_me"] = None
+    lines = [{**line, "some_measure": 7.25} for line in Record(copy).metrics()]
+    lines[0]["some_measure"] = None
     (copy / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     titles = re.findall(r"<title>(.*?), by epoch: (.*?)</title>", write(copy).read_text())
     told = {unescape(title): value for title, value in titles}
-    assert told["rank me"] == "last 7.25"
+    assert told["some measure"] == "last 7.25"
     assert told["Norm of the gradients"] == f"last {lines[-1]['grad_norm']:.4g}"
     assert told["Learning rate"] == f"last {lines[-1]['lr']:.4g}"
     spread = 100 * lines[-1]["spread"]

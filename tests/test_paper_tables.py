@@ -112,6 +112,16 @@ def test_what_begins_at_random_is_fine_tuned_as_what_was_pretrained(toy: str) ->
         assert {**tuned, "finetune_high": 0} == {**random, "finetune_high": 0}, arm.arm
 
 
+def test_the_whole_ablation_is_t1_s_cell() -> None:
+    """Trained once for both, where neither is cut; cut, each table has its own share."""
+    last, first = cell("T5", "cutmix"), cell("T1", "idmm")
+    assert work(last, 2, WHOLE, {}) == work(first, 2, WHOLE, {})
+    assert work(last, 2, WHOLE, {}).run.name == "T1-flowers-idmm-deit_tiny-s2"
+    short = Cut(share=0.01, suffix="1h")
+    assert work(last, 2, short, {}).run.name == "T5-flowers-cutmix-deit_tiny-s2-1h"
+    assert work(cell("T5", "multicrop"), 2, WHOLE, {}).run.name.startswith("T5-")
+
+
 def test_the_ablation_adds_a_part_at_a_time() -> None:
     def settings(arm: str) -> dict[str, Any]:
         tables = recipe(cell("T5", arm)).tables()

@@ -34,10 +34,14 @@ def test_done_and_wrong_use(typed: Type, home: Path) -> None:
     assert typed("pretrain", "--no-such-flag")[0] == 2
     assert typed("no-such-command")[0] == 2
     assert typed("report", "nothing")[0] == 2
+    assert typed("export", "nothing", "--out", "out")[0] == 2
+    assert typed("export")[0] == typed("embed", "--from", "photos")[0] == 2
 
 
-def test_bad_data(typed: Type, home: Path) -> None:
+def test_bad_data(typed: Type, toy: str) -> None:
     Path("empty").mkdir()
+    assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
+    assert typed("embed", "mine", "--from", "empty", "--out", "features.npz")[0] == 3
     assert typed("prepare", "--dataset", "folder", "--from", "empty")[0] == 3
 
 

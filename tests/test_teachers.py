@@ -58,7 +58,12 @@ def batch_of(method: Method, num: int, step: int = 0) -> Batch:
         pixels = torch.randn(num, 3, 2, 2, generator=chance, dtype=torch.float64)
         ones = torch.ones(num)
         groups.append(Views(pixels, rows, rows, ones, rows, rows, rows, num))
-    return Batch(tuple(groups), step, 0, num)
+    return Batch(tuple(groups), step, 0, (num,))
+
+
+def following(loss: Loss) -> dict[str, Tensor]:
+    """What `after_step` is given."""
+    return loss.keep | loss.sums
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:
@@ -162,7 +167,7 @@ def test_dino_is_the_published_loss(num: int, num_local: int) -> None:
     assert_same(method, found, sum(losses, torch.zeros(())) / len(losses))
     entropy = [-(g * g.clamp(min=1e-300).log()).sum(dim=-1).mean() for g in goals]
     assert float(found.parts["teacher_entropy"]) == pytest.approx(float(sum(entropy)) / 2)
-    torch.testing.assert_close(found.keep["centre"], torch.cat(said).mean(dim=0, keepdim=True))
+    torch.testing.assert_close(found.sums["centre"], torch.cat(said).mean(dim=0))
 
 
 def test_dinos_classes_are_directions() -> None:
@@ -196,7 +201,7 @@ def test_the_teacher_is_a_moving_average(name: str, momenta: tuple[float, ...]) 
     method = exact(name)
     method.num_steps = 6
     for step, momentum in zip((0, 3, 6), momenta, strict=True):
-        keep = method(batch_of(method, 4, step)).keep
+        keep = following(method(batch_of(method, 4, step)))
         before = snapshot(method)
         method.after_step(keep, torch.tensor(step), NO)
         for key, t in method.teacher.state_dict().items():
@@ -255,7 +260,7 @@ def test_the_centre_is_a_moving_average_of_what_the_teacher_says() -> None:
         teacher = method.teacher
         said = [teacher["head"](teacher["backbone"](v.pixels)) for v in batch.groups[:2]]
         expected = 0.9 * expected + 0.1 * torch.cat(said).mean(dim=0).detach().numpy()
-        method.after_step(method(batch).keep, torch.tensor(step), NO)
+        method.after_step(following(method(batch)), torch.tensor(step), NO)
         np.testing.assert_allclose(method.centre.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
@@ -278,7 +283,7 @@ def test_the_queue_holds_the_newest_keys(most: int) -> None:
     ring, place = method.queue.clone(), 0
     for step in range(13):
         num = (4, 4, 1)[step % 3]
-        keep, skipped = method(batch_of(method, num, step)).keep, step in (2, 6)
+        keep, skipped = following(method(batch_of(method, num, step))), step in (2, 6)
         if skipped:
             keep = {"keys": keep["keys"] * math.nan}
         method.after_step(keep, torch.tensor(step), YES if skipped else NO)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 from synthetic import SMALL, assembled
 from torch import Tensor, nn
 from toy_runs import RUN, recipe
@@ -13,7 +12,7 @@ from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Method
 from fastidmm.record import Record
 from fastidmm.registry import METHODS
-from fastidmm.watch import Watch, spread
+from fastidmm.watch import Watch
 
 
 def lines(losses: list[float], every: int = 1) -> list[dict[str, Any]]:
@@ -49,13 +48,6 @@ def test_features_that_are_all_alike_are_said_once() -> None:
     told = [{"step": n, "loss": 1.0, "spread": s} for n, s in enumerate((0.3, 0.0011, 0.0009, 0.0))]
     (sentence,) = said(watch, told)
     assert "step 2" in sentence and "collapsed" in sentence and "0.09 %" in sentence
-
-
-def test_spread_is_distance_from_the_mean_over_length() -> None:
-    features = torch.tensor([[3.0, 4.0], [3.0, -4.0]])
-    assert spread(features) == pytest.approx(4 / 5)
-    assert spread(torch.full((7, 3), 2.5)) == 0 and spread(torch.zeros(4, 2)) == 0
-    assert spread(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])) == 1
 
 
 def blind(method: Method) -> None:

@@ -1,10 +1,12 @@
 """Any other model of timm, as `timm:NAME`."""
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from fastidmm.backbones.build import Backbone
+from fastidmm.backbones.of_timm import of_timm
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.errors import UsageError, did_you_mean
 
@@ -22,16 +24,11 @@ def any_timm(name: str) -> Backbone:
 
 
 def _build(name: str, resolution: int, drop_path: float) -> nn.Module:
-    import timm
-
-    wanted = {"img_size": resolution, "drop_path_rate": drop_path}
+    wanted: dict[str, Any] = {"img_size": resolution, "drop_path_rate": drop_path}
     # Not every model takes both; which ones do is written nowhere but in their signatures.
     for keys in (("img_size", "drop_path_rate"), ("drop_path_rate",), ("img_size",), ()):
         try:
-            model: nn.Module = timm.create_model(
-                name, pretrained=False, num_classes=0, **{key: wanted[key] for key in keys}
-            )
+            return of_timm(name, **{key: wanted[key] for key in keys})
         except TypeError:
             continue
-        return model
     raise UsageError(f"timm's {name} cannot be built without a head.")

@@ -10,15 +10,11 @@ from functools import partial
 from torch import nn
 
 from fastidmm.backbones.build import Backbone
+from fastidmm.backbones.of_timm import of_timm
 
 
 def _pvt(name: str, resolution: int, drop_path: float) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(
-        name, pretrained=False, num_classes=0, drop_path_rate=drop_path
-    )
-    return model
+    return of_timm(name, drop_path_rate=drop_path)
 
 
 def _backbone(name: str) -> Backbone:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastidmm.backbones.build import Backbone
+from fastidmm.backbones.of_timm import of_timm
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 
 WIDTH = 64  # of tokens until the last soft split
@@ -34,7 +35,7 @@ def soft_split(maps: Tensor, size: int, stride: int) -> Tensor:
 
 def as_map(tokens: Tensor, side: int) -> Tensor:
     """Tokens of a square to maps: (C, side**2, D) to (C, D, side, side), channels last."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)
 
 
 def random_features(x: Tensor, w: Tensor) -> Tensor:
@@ -154,14 +155,18 @@ class T2TViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the last norm, the class token first: (C, (S / 16)**2 + 1, D)."""
         tokens = self.tokens_to_token(images)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         normed: Tensor = self.norm(self.blocks(tokens + self.pos_embed))
         return normed
 
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """The class token, and its scores unless told otherwise; transformers calls it by name."""
+        scores: Tensor = tokens[:, 0] if pre_logits else self.head(tokens[:, 0])
+        return scores
+
     def forward(self, images: Tensor) -> Tensor:
         """Features (C, D), or scores of the classes."""
-        scores: Tensor = self.head(self.forward_features(images)[:, 0])
-        return scores
+        return self.forward_head(self.forward_features(images))
 
 
 SHAPES = {
@@ -186,12 +191,7 @@ def _register(name: str) -> None:
 
 
 def _t2t(name: str, resolution: int, drop_path: float) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(
-        name, pretrained=False, img_size=resolution, num_classes=0, drop_path_rate=drop_path
-    )
-    return model
+    return of_timm(name, drop_path_rate=drop_path, img_size=resolution)
 
 
 for _name in SHAPES:

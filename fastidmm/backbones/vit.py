@@ -9,19 +9,11 @@ from functools import partial
 from torch import nn
 
 from fastidmm.backbones.build import Backbone
+from fastidmm.backbones.of_timm import of_timm
 
 
 def _vit(name: str, resolution: int, drop_path: float, **shape: int) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(
-        name,
-        pretrained=False,
-        img_size=resolution,
-        num_classes=0,
-        drop_path_rate=drop_path,
-        **shape,
-    )
+    model = of_timm(name, drop_path_rate=drop_path, img_size=resolution, **shape)
     # timm draws it with a deviation of 1e-6; DeiT's own code, and the paper's, with 0.02.
     nn.init.trunc_normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
     return model

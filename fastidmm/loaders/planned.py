@@ -16,6 +16,8 @@ from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
 from fastidmm.kernels.views import views
 from fastidmm.plan import GroupPlan, Plan, draw, epoch_order, num_steps
+from fastidmm.ranks import World, world
+from fastidmm.shares import share, shares_of
 from fastidmm.store import Store
 
 
@@ -25,6 +27,8 @@ class Planned:
     Options: ClassVar[type[NoOptions]] = NoOptions  # the recipe's table [loader]
     # Whether `batch` is made by the device alone, from a counter that it reads: see `capture`.
     on_device: ClassVar[bool] = False
+    # Whether it reads pictures of other ranks where they are mixed with this one's.
+    reads_partners: ClassVar[bool] = False
     # Most that its views may differ from `augment.render`'s on average, in 1/255 of the range.
     deviation: ClassVar[float] = 0.5
 
@@ -48,6 +52,8 @@ class Planned:
         self.sizes = store.height.to(self.device), store.width.to(self.device)
         self.label = store.label.to(self.device)
         self.steps_per_epoch = num_steps(len(store), batch_size)
+        self.part = world().rank, world().size
+        self.check_ranks(world())
         self.set_up()
 
     def set_up(self) -> None:
@@ -71,6 +77,26 @@ class Planned:
             raise UsageError(f"--loader {name}: {problem}.")
         if problem := cls.unfit(store):
             raise DataError(f"--loader {name}: {problem}.")
+
+    def check_ranks(self, world: World) -> None:
+        """Refuse what would have a rank read photographs of another's."""
+        if world.size == 1 or self.reads_partners:
+            return
+        last = len(self.store) % self.batch_size or min(self.batch_size, len(self.store))
+        parts = self.method.cutmix_groups
+        mixes = any(group.mix != "none" for group in self.method.views)
+        name = type(self).__name__.lower()
+        if mixes and parts % world.size:
+            raise UsageError(
+                f"--loader {name} mixes images of one rank only: method.cutmix_groups = {parts} "
+                f"must be a multiple of the {world.size} ranks; choose --loader resident, or "
+                f"--set method.cutmix_groups={world.size}."
+            )
+        if 0 in shares_of(last, world.size, parts):
+            raise UsageError(
+                f"--loader {name}: an epoch's last batch has {last} images, too few for "
+                f"{world.size} ranks: choose --loader resident, or another --batch-size."
+            )
 
     def batches(self, start_step: int) -> Generator[Batch]:
         """Batches from `start_step` on, without end; a restart gives the same ones.
@@ -104,28 +130,34 @@ class Planned:
         sizes: tuple[Tensor, Tensor] | None = None,
         counter: Tensor | None = None,
     ) -> Plan:
-        """What chance decides in a step: where `sizes` are, by default on the device.
+        """What chance decides in a rank's step: where `sizes` are, by default on the device.
 
         `counter` as for `plan.draw`; on a GPU there is always one.
         """
         sizes = sizes or self.sizes
         if counter is None and sizes[0].is_cuda:
             counter = torch.full((), step, device=sizes[0].device)
-        return draw(
+        parts = self.method.cutmix_groups
+        plan = draw(
             sizes,
             self.method.views,
             self.counters,
             step=step,
             batch_size=self.batch_size,
-            cutmix_groups=self.method.cutmix_groups,
+            cutmix_groups=parts,
             counter=counter,
         )
+        return share(plan, self.part, parts)
 
     def rows(self, step: int) -> Tensor:
-        """The rows of a step on the host, which asks no device: (B,) int64."""
+        """The rows of a rank's step on the host, which asks no device: (B,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(self.store), self.counters, epoch, torch.device("cpu"))
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
+        rank, ranks = self.part
+        shares = shares_of(len(rows), ranks, self.method.cutmix_groups)
+        first = sum(shares[:rank])
+        return rows[first : first + shares[rank]]
 
     def render(self, images: Store, plan: Plan) -> list[Tensor]:
         """The views of a step by our kernels, from a store of the step's images in its order."""
@@ -139,22 +171,23 @@ class Planned:
         """The batch of a step from the finished views of its groups, (C, 3, S, S) each."""
         groups, first = [], 0
         for group_plan, finished in zip(plan.groups, pixels, strict=True):
-            rows = group_plan.crops.rows
-            partners = rows[group_plan.partner]
+            num = group_plan.place.numel()
+            rows = group_plan.crops.rows[:num]
+            partners = group_plan.crops.rows[group_plan.partner[:num]]
             groups.append(
                 Views(
-                    pixels=finished,
+                    pixels=finished[:num],
                     rows=rows,
                     partners=partners,
-                    weights=group_plan.weight,
+                    weights=group_plan.weight[:num],
                     labels=self.label[rows],
                     partner_labels=self.label[partners],
-                    place=torch.arange(first, first + rows.numel(), device=rows.device),
-                    total=rows.numel(),
+                    place=first + group_plan.place,
+                    total=group_plan.total,
                 )
             )
-            first += rows.numel()
-        return Batch(tuple(groups), plan.step, plan.epoch, plan.rows.numel())
+            first += group_plan.total
+        return Batch(tuple(groups), plan.step, plan.epoch, plan.shares)
 
 
 def among(plan: GroupPlan, num_images: int) -> GroupPlan:

@@ -27,6 +27,7 @@ class Resident(Planned):
 
     Options: ClassVar[type[Options]] = ResidentOptions
     on_device = True
+    reads_partners = True
 
     def set_up(self) -> None:
         """Bring the pixels there."""

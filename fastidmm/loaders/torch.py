@@ -31,6 +31,7 @@ from fastidmm.loaders.pillow import chances, view
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.preparing.decode import FORMATS, num_cores, sketch, upright
+from fastidmm.shares import share
 from fastidmm.store import Store
 
 AHEAD = 3  # batches of a worker: two that wait, one in the making
@@ -136,10 +137,11 @@ class Steps(Dataset[Made]):
         self.files, self.sizes = files, sizes
         self.groups, self.counters = loader.method.views, loader.counters
         self.batch_size, self.cutmix_groups = loader.batch_size, loader.method.cutmix_groups
+        self.part = loader.part
 
     def __getitem__(self, step: int) -> Made:
         """Crops of each group, (C, S, S, 3) uint8, all but normalised and mixed."""
-        plan = draw(
+        whole = draw(
             self.sizes,
             self.groups,
             self.counters,
@@ -147,6 +149,7 @@ class Steps(Dataset[Made]):
             batch_size=self.batch_size,
             cutmix_groups=self.cutmix_groups,
         )
+        plan = share(whole, self.part, self.cutmix_groups)
         drawn = [chances(group) for group in plan.groups]
         found = [
             np.empty((len(crops), group.size, group.size, 3), np.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastidmm.batch import Area, Batch, Loss, Method, Options, ViewGroup, Views, forward_groups
+from fastidmm.ranks import world
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -94,21 +95,29 @@ class Contrast(Method):
     def loss_of(self, features: Tensor, batch: Batch) -> Loss:
         """As `forward`, of projections."""
         (views,) = batch.groups
+        sizes = [2 * num for num in batch.shares]
         with torch.autocast(features.device.type, enabled=False):
-            losses, hits = contrastive(features.float(), self.kinds(views), self.temperature)
-        return Loss(losses.mean(), parts={"contrast_top1": hits.float().mean()})
+            z = world().gather(features.float(), sizes)
+            kinds = world().gather(self.kinds(views), sizes)
+            own = slice(*world().own(sizes))
+            losses, hits = contrastive(z, kinds, self.temperature, own)
+        total = views.total
+        return Loss(losses.sum() / total, parts={"contrast_top1": hits.float().sum() / total})
 
 
-def contrastive(z: Tensor, kinds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def contrastive(
+    z: Tensor, kinds: Tensor, temperature: float, own: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
     """SupCon's loss of each crop (C,), and whether the nearest other is of its kind: (C,) bool.
 
     z (C, D) in any length, kinds (C,). The mean over a crop's likes is outside the logarithm;
-    where each has but one, that is SimCLR's NT-Xent. Every crop needs another of its kind.
+    where each has but one, that is SimCLR's NT-Xent. Every crop needs another of its kind. Of
+    crops elsewhere than in `own` nothing is asked.
     """
     z = normalize(z, dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
-    alike = (kinds[:, None] == kinds) & ~itself
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)[own]
+    logits = (z[own] @ z.T / temperature).masked_fill(itself, -torch.inf)
+    alike = (kinds[own, None] == kinds) & ~itself
     attracted = logits.masked_fill(~alike, 0).sum(dim=1) / alike.sum(dim=1)
     nearest = logits.detach().argmax(dim=1, keepdim=True)
     return logits.logsumexp(dim=1) - attracted, alike.gather(1, nearest)[:, 0]

@@ -109,14 +109,14 @@ class DINO(Taught):
             goals = logs.exp()  # (2, B, K)
             logits = full(taught).unflatten(0, (len(groups), -1)) / self.options.student_temperature
             sums, every = logits.logsumexp(dim=2), logits.sum(dim=0)  # (V, B), (B, K)
-            loss = torch.zeros_like(sums[0, 0])
+            loss = sums.new_zeros(())
             for own, goal in enumerate(goals):
                 # All views but the teacher's own; a goal sums to one.
                 loss = loss + (sums.sum() - sums[own].sum()) - (goal * (every - logits[own])).sum()
             loss = loss / (2 * (len(groups) - 1) * total)
         entropy = -(goals * logs).sum() / (2 * total)
-        keep = {"centre": said.sum(dim=0, keepdim=True) / (2 * total)}
-        return Loss(loss, {"teacher_entropy": entropy}, keep)
+        centre = said.sum(dim=0) / (2 * total)
+        return Loss(loss, {"teacher_entropy": entropy}, sums={"centre": centre})
 
     def temperature(self, step: Tensor | int) -> Tensor:
         """The teacher's, by epochs: a line that ends in the last epoch of the warm-up."""
@@ -131,7 +131,7 @@ class DINO(Taught):
         """As `Method`: the teacher follows, ever more slowly; the centre by its own share."""
         o = self.options
         self.teacher.follow(1 - cosine(o.momentum, 1.0, step, self.num_steps), skipped)
-        moved = self.centre.lerp(keep["centre"].sum(dim=0), 1 - o.centre_momentum)
+        moved = self.centre.lerp(keep["centre"], 1 - o.centre_momentum)
         self.centre.copy_(torch.where(skipped, self.centre, moved))
 
     def param_groups(self) -> list[dict[str, Any]]:

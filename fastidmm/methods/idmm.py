@@ -4,7 +4,7 @@ Source: Cao, Yu, Wu, "Training Vision Transformers with Only 2040 Images", ECCV 
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -20,9 +20,12 @@ from fastidmm.batch import (
     Range,
     Share,
     ViewGroup,
+    Views,
     forward_groups,
 )
 from fastidmm.kernels.instance_loss import instance_loss
+from fastidmm.ranks import world
+from fastidmm.sharded import cut, sharded_loss, worth_it
 
 
 def _blurs(sigma: Range) -> Range:
@@ -46,6 +49,8 @@ class IDMMOptions(Options):
     # Of blur, in px of the crop: the paper's, at its 112 px.
     sigma: Annotated[Range, AfterValidator(_blurs)] = (0.1, 2.0)
     std: tuple[float, float, float] = IMAGENET_STD
+    # Among several ranks: whole on each, or its rows dealt out, which pays where they are many.
+    head: Literal["auto", "replicated", "sharded"] = "auto"
 
 
 class IDMM(Method):
@@ -54,7 +59,14 @@ class IDMM(Method):
     Options = IDMMOptions
 
     def __init__(
-        self, backbone: nn.Module, options: IDMMOptions, *, resolution: int, num_rows: int, **_: int
+        self,
+        backbone: nn.Module,
+        options: IDMMOptions,
+        *,
+        resolution: int,
+        num_rows: int,
+        batch_size: int,
+        **_: int,
     ) -> None:
         super().__init__(backbone)
         self.smoothing = options.smoothing
@@ -66,6 +78,13 @@ class IDMM(Method):
         self.views = [
             self._views(options, count, scale, resolution) for count, scale in kinds if count
         ]
+        self.num_rows = num_rows
+        crops = min(batch_size, num_rows) * sum(group.count for group in self.views)
+        asked = options.head == "sharded" and world().size > 1
+        if asked or (options.head == "auto" and worth_it(num_rows, crops)):
+            sizes = cut(self.head)
+            self.shards = {"head.weight": sizes, "head.bias": sizes}
+            self.rows_independent = False  # ranks exchange something within a pass
 
     @staticmethod
     def _views(options: IDMMOptions, count: int, scale: Range, resolution: int) -> ViewGroup:
@@ -88,7 +107,7 @@ class IDMM(Method):
 
     def guessing(self) -> float:
         """Every image as likely as any other, for each group of crops."""
-        return len(self.views) * math.log(self.head.out_features)
+        return len(self.views) * math.log(self.num_rows)
 
     def own_losses(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of who is plainly seen, smoothed as in training."""
@@ -108,18 +127,35 @@ class IDMM(Method):
         losses, hits = [], []
         for z, views in zip(forward_groups(self.backbone, batch.groups), batch.groups, strict=True):
             share = torch.full_like(views.weights, 1 / views.total)
-            loss, stats = instance_loss(
+            loss, hit = self._loss(z, views, share, batch)
+            losses.append(loss)
+            hits.append((hit * share).sum())
+        # The large crops' top-1: the share that is recognised as its own image.
+        return Loss(torch.stack(losses).sum(), parts={"instance_top1": hits[0]})
+
+    def _loss(self, z: Tensor, views: Views, share: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum of a group's losses, weighted, and whether each crop was recognised."""
+        if self.shards:
+            return sharded_loss(
                 z,
-                self.head.weight,
+                self.head,
                 views.rows,
                 views.partners,
                 views.weights,
-                bias=self.head.bias,
+                share,
                 smoothing=self.smoothing,
-                row_weight=share,
-                return_stats=True,
+                shards=self.shards["head.weight"],
+                crops=[views.total // batch.num_images * images for images in batch.shares],
             )
-            losses.append(loss)
-            hits.append((stats.hits * share).sum())
-        # The large crops' top-1: the share that is recognised as its own image.
-        return Loss(torch.stack(losses).sum(), parts={"instance_top1": hits[0]})
+        loss, stats = instance_loss(
+            z,
+            self.head.weight,
+            views.rows,
+            views.partners,
+            views.weights,
+            bias=self.head.bias,
+            smoothing=self.smoothing,
+            row_weight=share,
+            return_stats=True,
+        )
+        return loss, stats.hits

@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fastidmm.batch import Area, Batch, Loss, Options, Share, forward_groups
 from fastidmm.methods.teacher import Taught, Teacher, cosine, full, view
+from fastidmm.norms import batch_norm
+from fastidmm.ranks import world
 
 
 class MoCoV3Options(Options):
@@ -29,13 +31,18 @@ class MoCoV3Options(Options):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """By the batch's own statistics always, in teachers too; a lone row becomes zeros."""
+    """By the batch's own statistics always, in teachers too; a lone row becomes zeros.
+
+    The batch is the one of all ranks.
+    """
 
     def __init__(self, width: int, *, affine: bool) -> None:
         super().__init__(width, affine=affine, track_running_stats=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (C, D); torch's own refuses the one row that an epoch may leave for its last batch."""
+        if world().size > 1:
+            return batch_norm(x, self.weight, self.bias, self.eps)[0]
         return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, True)
 
 
@@ -96,17 +103,19 @@ class MoCoV3(Taught):
         with torch.no_grad():
             features = forward_groups(self.teacher["backbone"], batch.groups)
             keys = [self.teacher["projector"](z) for z in features]
+            keys = [world().gather(key, batch.shares) for key in keys]
+        total, (first, last) = 2 * batch.num_images, world().own(batch.shares)
         with torch.autocast(keys[0].device.type, enabled=False):
             logits = torch.stack(
                 [self._compare(q, k) for q, k in zip(queries, reversed(keys), strict=True)]
             )
-            own = torch.arange(logits.shape[1], device=logits.device).expand(2, -1)
-            loss = cross_entropy(logits.flatten(0, 1), own.flatten())
-        hits = (logits.argmax(dim=2) == own).to(loss.dtype).mean()
+            own = torch.arange(first, last, device=logits.device).expand(2, -1)
+            loss = cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="sum") / total
+        hits = (logits.argmax(dim=2) == own).to(loss.dtype).sum() / total
         return Loss(4 * self.temperature * loss, {"contrast_top1": hits})
 
     def _compare(self, query: Tensor, key: Tensor) -> Tensor:
-        """Every query with every key: (B, B)."""
+        """Every query of this rank with every key: (B, B)."""
         return normalize(full(query)) @ normalize(full(key)).T / self.temperature
 
     def after_step(self, keep: dict[str, Tensor], step: Tensor, skipped: Tensor) -> None:

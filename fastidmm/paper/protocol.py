@@ -1,7 +1,7 @@
 """From a cell of the paper's tables to the runs that measure it, and their recipes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastidmm.paper.published import ABLATION, TIMM, Cell
@@ -62,6 +62,8 @@ class Work:
 
 def work(cell: Cell, seed: int, cut: Cut, images: dict[str, int]) -> Work:
     """The runs behind a cell; `images` says how many each dataset has to train on, where known."""
+    if cell.arm == ABLATION[-1] and not cut.suffix:  # all of it is T1's cell: trained once for both
+        cell = replace(cell, table="T1", arm="idmm")
     if not cell.pretrained:
         return Work(_run(cell, cell.dataset, seed, cut, images, _tuning(cell)))
     pretraining = _run(cell, cell.source, seed, cut, images, _pretraining(cell))

@@ -52,6 +52,14 @@ def put_in_place(aside: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def make_room(path: Path) -> None:
+    """Make the folder that a path is to lie in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path.parent} cannot be a folder: a file is in the way.") from None
+
+
 def sync(path: Path) -> None:
     """See a file, or a folder's list of names, onto the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -30,6 +30,7 @@ from fastidmm.preparing.watching import watching
 
 Described = dict[str, Any]
 
+MAX_SIDE = 1024  # px of a picture's long side
 SHARD_BYTES = 64_000_000_000  # pixels in one file of a store
 SYNC_BYTES = 1 << 28  # pixels that may have to be read again after a kill
 
@@ -82,7 +83,7 @@ def prepare(
     source: Source,
     name: str,
     *,
-    max_side: int = 1024,
+    max_side: int = MAX_SIDE,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     quiet: bool = False,

@@ -25,6 +25,10 @@ TUNED_CURVES = {
 }
 MORE_CURVES = {
     "spread": ("Features about their mean, share of their length", " %"),
+    "rankme": ("RankMe: directions that features use", ""),
+    "uniformity": ("Uniformity: 0 when all features are alike, to about -4", ""),
+    "alignment": ("Alignment: two crops' distance, 0 when alike, to 4", ""),
+    "retrieval_top1": ("Retrieval: crops that find the other of their image", " %"),
     "grad_norm": ("Norm of the gradients", ""),
     "lr": ("Learning rate", ""),
     "images_per_second": ("Images per second", ""),

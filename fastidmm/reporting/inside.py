@@ -14,6 +14,7 @@ from fastidmm.evaluate import evaluating, outputs
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.progress import say
+from fastidmm.ranks import apart
 from fastidmm.record import Record
 from fastidmm.reporting.pictures import jpeg, names_of
 from fastidmm.store import Store
@@ -60,6 +61,7 @@ class Inside:
     mean: float | None  # of their losses
 
 
+@apart()
 def inside(record: Record, store: Store, path: Path) -> Inside:
     """One look at the central crop of every training image, by a run's checkpoint."""
     run = record.recipe.run

@@ -2,9 +2,8 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from fastidmm.chance import Counters
 from fastidmm.kernels.views import views
 from fastidmm.plan import GroupPlan, Plan, draw
 from fastidmm.record import Record
+from fastidmm.shares import only
 from fastidmm.store import Store, read_json
 
 NUM_IMAGES = 4
@@ -103,14 +103,7 @@ def some(plan: GroupPlan, place: int, num_images: int) -> GroupPlan:
     """The part of a plan that one image's views need: the views, then what is pasted in them."""
     own = torch.arange(place, plan.partner.numel(), num_images)
     wanted = torch.cat((own, plan.partner[own]))
-
-    def cut(part: Any) -> dict[str, Any]:
-        values = {field.name: getattr(part, field.name) for field in fields(part)}
-        return {key: v[wanted] for key, v in values.items() if isinstance(v, Tensor)}
-
-    partner = torch.arange(len(own), len(wanted)).repeat(2)
-    crops = replace(plan.crops, **cut(plan.crops))
-    return replace(plan, **{**cut(plan), "crops": crops, "partner": partner})
+    return only(plan, wanted, torch.arange(len(own), len(wanted)).repeat(2))
 
 
 def _views(

@@ -1,0 +1,167 @@
+"""What the commands do, for Python: the same names, the same runs in ./runs.
+
+import fastidmm
+
+fastidmm.prepare("folder", from_="~/photos", name="mine")
+run = fastidmm.pretrain(dataset="mine", backbone="deit_tiny", epochs=200)
+stage = run.finetune(resolution=224)
+print(run.evaluate()["scores"], run.report())
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from fastidmm import scoring, stages
+from fastidmm.backbones.build import Encoder, build_encoder, load_weights
+from fastidmm.chance import Counters
+from fastidmm.errors import UsageError
+from fastidmm.options import recipe_of, recipe_settings
+from fastidmm.preparing.prepare import prepare as prepare_source
+from fastidmm.preparing.summary import Summary
+from fastidmm.record import Record, existing_run, newest_weights
+from fastidmm.record import stages as stages_of
+from fastidmm.registry import find
+from fastidmm.reporting.report import write
+
+
+class Flags(TypedDict, total=False):
+    """The flags of `fastidmm pretrain`; any key of a recipe's table `[run]` goes as well."""
+
+    dataset: str  # prepared; by default the last that was
+    backbone: str
+    method: str
+    loader: str
+    epochs: int
+    batch_size: int  # images per step
+    resolution: int  # side of a crop, px
+    seed: int
+    device: str
+    precision: str
+    optimizer: str
+    exact: bool
+    holdout: float  # share of the training images
+    log: str  # tensorboard or wandb
+    init: str
+    num_images: int
+
+
+class StageFlags(TypedDict, total=False):
+    """The flags of `fastidmm finetune`."""
+
+    resolution: int
+    epochs: int
+    batch_size: int
+    loader: str
+    seed: int
+    device: str
+    precision: str
+    optimizer: str
+    exact: bool
+    holdout: float
+    log: str
+
+
+class Run:
+    """A run, or a stage of one, by its name in ./runs or its folder."""
+
+    def __init__(self, name: str | Path) -> None:
+        """Raises UsageError where there is none."""
+        path = os.fspath(name)
+        self.folder = existing_run(path if isinstance(name, str) else os.path.join(".", path))
+
+    def __repr__(self) -> str:
+        """As it can be made again."""
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch of its recipe was made."""
+        return Record(self.folder).finished
+
+    @property
+    def stages(self) -> list["Run"]:
+        """The fine-tuning stages in it, oldest first."""
+        return [Run(folder) for folder in stages_of(self.folder)]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, a dictionary each."""
+        return Record(self.folder).metrics()
+
+    def summary(self) -> dict[str, Any]:
+        """What `pretrain` and `finetune` answer with `--json`."""
+        return stages.summary(Record(self.folder))
+
+    def finetune(
+        self,
+        *,
+        scratch: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        **flags: Unpack[StageFlags],
+    ) -> "Run":
+        """Fine-tune its backbone, or with `scratch` the same one from random weights."""
+        asked = recipe_settings(**flags) | dict(settings or {})
+        found = stages.finetune(self.folder, asked, [], pretrained=not scratch)
+        return Run(Path(found["run"]))
+
+    def resume(self) -> "Run":
+        """Go on with what of it is not finished, to the same bits."""
+        stages.resume(self.folder)
+        return self
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score it and its stages on the test split, beside random weights; kept in its folder."""
+        return scoring.evaluate(self.folder)
+
+    def report(self) -> Path:
+        """Write report.html; where it is."""
+        return write(self.folder)
+
+    def backbone(self) -> Encoder:
+        """The trained backbone on the CPU, for evaluation: (C, 3, S, S) normalised to (C, D)."""
+        recipe = Record(self.folder).recipe
+        encoder = build_encoder(
+            recipe.run.backbone,
+            recipe.backbone,
+            resolution=recipe.run.resolution,
+            counters=Counters(recipe.run.seed),
+        )
+        load_weights(encoder, newest_weights(self.folder), source=str(self.folder))
+        return encoder.eval()
+
+
+def prepare(
+    dataset: str,
+    *,
+    from_: str | Path | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    **more: Any,
+) -> Summary:
+    """Decode a dataset once, as `fastidmm prepare`; `more` is what `preparing.prepare` takes.
+
+    dataset: a name of the registry, such as "flowers", or "folder" with `from_`, its path.
+    """
+    place = None if from_ is None else Path(from_)
+    opened = find("dataset", dataset)().open(from_=place, seed=seed)
+    return prepare_source(opened, name or dataset, **more)
+
+
+def pretrain(
+    *,
+    recipe: str | None = None,
+    run: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **flags: Unpack[Flags],
+) -> Run:
+    """Learn from the images alone, as `fastidmm pretrain`; the finished run.
+
+    recipe: a recipe's name or file. run: what to call it. settings: any key of the recipe by table,
+    such as {"optim.lr": 1e-3}. Raises the errors of `fastidmm.errors`: a sentence with the remedy.
+    """
+    keys = dict(settings or {})
+    if wrong := [key for key in keys if "." not in key]:
+        raise UsageError(f"settings are TABLE.KEY, such as optim.lr, not {wrong[0]!r}.")
+    asked = recipe_of(recipe, recipe_settings(**flags) | keys, None)
+    return Run(Path(stages.pretrain(asked, run)["run"]))

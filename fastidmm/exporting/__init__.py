@@ -1,0 +1,1 @@
+"""What a run has learnt, for other programs: models and features."""

@@ -1,0 +1,147 @@
+"""`fastidmm embed`: what a run's backbone makes of photographs, as a table in one file."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from fastidmm.datasets import Unusable
+from fastidmm.errors import UsageError
+from fastidmm.evaluate import outputs
+from fastidmm.exporting.learnt import encoder_of
+from fastidmm.exporting.pictures import Named, pictures
+from fastidmm.machine import dtype_of, set_up
+from fastidmm.preparing.files import make_room, naming, put_in_place
+from fastidmm.preparing.summary import counted, shown
+from fastidmm.preparing.watching import watching
+
+
+@dataclass(slots=True)
+class Table:
+    """A row for each photograph."""
+
+    features: NDArray[np.float32]  # (N, D)
+    rows: list[Named]
+    class_names: tuple[str, ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """Files below the source, with '/'; bytes that are no UTF-8 replaced."""
+        return [
+            row.file.encode(errors="surrogateescape").decode(errors="replace") for row in self.rows
+        ]
+
+
+def _write_npz(table: Table, file: BinaryIO) -> None:
+    np.savez(
+        file,
+        features=table.features,
+        path=np.array(table.paths, dtype=str),
+        label=np.array([row.label for row in table.rows], dtype=np.int64),
+        split=np.array([row.split for row in table.rows], dtype=str),
+        class_names=np.array(table.class_names, dtype=str),
+    )
+
+
+def _write_parquet(table: Table, file: BinaryIO) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    classes = [table.class_names[r.label] if r.label >= 0 else None for r in table.rows]
+    columns = {
+        "path": pyarrow.array(table.paths, pyarrow.string()),
+        "class": pyarrow.array(classes, pyarrow.string()),
+        "split": pyarrow.array([row.split for row in table.rows], pyarrow.string()),
+        "features": pyarrow.FixedSizeListArray.from_arrays(
+            table.features.ravel(), table.features.shape[1]
+        ),
+    }
+    parquet.write_table(pyarrow.table(columns), file)
+
+
+def _writer(out: Path) -> Callable[[Table, BinaryIO], None]:
+    """What writes a file of that name; refused before any photograph is read."""
+    writers = {".npz": _write_npz, ".parquet": _write_parquet}
+    write = writers.get(out.suffix.lower())
+    if write is None:
+        raise UsageError(f"--out {out}: choose a file that ends in .npz or .parquet.")
+    if os.path.lexists(out.expanduser()):
+        raise UsageError(f"{out} exists: give --out another name.")
+    if write is _write_parquet and find_spec("pyarrow") is None:
+        raise UsageError(
+            f"--out {out} needs pyarrow: `pip install 'fastidmm[parquet]'`, or end it in .npz."
+        )
+    return write
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[BinaryIO]:
+    """A file beside `out`, which gets that name when all is written."""
+    make_room(out)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with naming(out):
+            file = aside.open("wb")
+        with file:
+            yield file
+            with naming(out):
+                file.flush()
+                os.fsync(file.fileno())
+        put_in_place(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def embed(
+    run: Path, source: str, out: Path, *, normalise: bool, device: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Write the features of a source's photographs to the file `out`; what was written.
+
+    Memory is bounded but for the features themselves.
+    """
+    write, out = _writer(out), out.expanduser()
+    record, encoder = encoder_of(run)
+    asked = record.recipe.run
+    place = set_up(device or asked.device, exact=asked.exact)
+    dtype = dtype_of(asked.precision, place)
+    encoder.to(place)
+    told = pictures(source)
+    features, rows = [], []
+    with _aside(out) as file:  # refused before hours of work, not after
+        with watching(f"Embedding {told.title}", told.total, quiet=quiet) as watch:
+            for some, named in told.parts:
+                store = some.tables_to(place)
+                found = outputs(encoder, store, resolution=asked.resolution, dtype=dtype)
+                features.append((functional.normalize(found) if normalise else found).cpu())
+                rows += named
+                watch(len(rows) + len(told.left_out))
+        with naming(out):
+            write(Table(torch.cat(features).numpy(), rows, told.class_names), file)
+    return {
+        "run": str(run),
+        "checkpoint": str(record.result),
+        "source": told.title,
+        "file": str(out),
+        "num": len(rows),
+        "width": encoder.num_features,
+        "normalised": normalise,
+        "left_out": [asdict(left) for left in told.left_out],
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    left = [Unusable(**file) for file in found["left_out"]]
+    lines = [f"{counted(len(left), 'file')} left out: {shown(left)}"] if left else []
+    length = ", of length 1" if found["normalised"] else ""
+    rows = counted(found["num"], "photograph")
+    lines.append(f"{found['file']}: {rows}, {found['width']} features of each{length}")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""The photographs that `embed` looks at, a few at a time: of a prepared dataset or a folder."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastidmm.datasets import Item, Unusable
+from fastidmm.datasets.folder import Folder
+from fastidmm.errors import DataError, UsageError, did_you_mean
+from fastidmm.evaluate import CROPS_AT_ONCE
+from fastidmm.preparing.decode import Picture, decode_all
+from fastidmm.preparing.prepare import MAX_SIDE
+from fastidmm.preparing.summary import shown
+from fastidmm.store import Store, folder_of, open_store, prepared, read_json
+
+MOST_BYTES = 1 << 28  # of pixels at a time, unless one picture alone has more
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A photograph: its file as the source names it, its class or -1, its split where given."""
+
+    file: str
+    label: int
+    split: str
+
+
+@dataclass(slots=True)
+class Pictures:
+    """What there is to look at; `parts` gives it in order, and fills `left_out`."""
+
+    title: str
+    class_names: tuple[str, ...]
+    parts: Iterator[tuple[Store, list[Named]]]
+    total: int
+    left_out: list[Unusable] = field(default_factory=list)
+
+
+def pictures(source: str) -> Pictures:
+    """Those of the prepared dataset of that name, or else below that folder."""
+    if source in prepared():
+        return _of_store(source)
+    if not Path(source).expanduser().exists():
+        known = prepared()
+        hint = did_you_mean(source, known) if known else "Nothing is prepared."
+        raise UsageError(f"--from {source}: no such folder, and no such dataset. {hint}")
+    return _of_folder(Path(source))
+
+
+def _of_store(name: str) -> Pictures:
+    folder = folder_of(name)
+    described = read_json(folder)
+    splits = described["splits"]
+
+    def parts() -> Iterator[tuple[Store, list[Named]]]:
+        for split, told in splits.items():
+            store = open_store(folder, split)
+            rows = zip(told["files"], store.label.tolist(), strict=True)
+            named = [Named(file, label, split) for file, label in rows]
+            for some in torch.arange(len(store)).split(CROPS_AT_ONCE):
+                yield store.select(some), [named[row] for row in some.tolist()]
+
+    total = sum(told["num_images"] for told in splits.values())
+    return Pictures(f"dataset {name!r}", tuple(described["class_names"]), parts(), total)
+
+
+def _of_folder(path: Path) -> Pictures:
+    """Decoded as `prepare` would, and nothing written."""
+    source = Folder().open(from_=path, seed=0)
+    items = [(item, "train") for item in source.train] + [(item, "test") for item in source.test]
+    if source.split_seed is not None:  # what `prepare` would draw is of no interest here
+        items = sorted(((item, "") for item, _ in items), key=lambda pair: pair[0].file)
+    found = Pictures(str(source.root), source.class_names, iter(()), len(items))
+    found.left_out.extend(source.unusable)
+    found.parts = _decoded(source.root, items, found)
+    return found
+
+
+def _decoded(
+    root: Path, items: list[tuple[Item, str]], found: Pictures
+) -> Iterator[tuple[Store, list[Named]]]:
+    held: list[tuple[Picture, Named]] = []
+    num_bytes, any_usable = 0, False
+    paths = (root / item.file for item, _ in items)
+    with closing(decode_all(paths, max_side=MAX_SIDE, workers=None)) as outcomes:
+        for (item, split), outcome in zip(items, outcomes, strict=True):
+            if isinstance(outcome, str):
+                found.left_out.append(Unusable(item.file, outcome))
+                continue
+            if held and (
+                len(held) == CROPS_AT_ONCE or num_bytes + len(outcome.pixels) > MOST_BYTES
+            ):
+                yield _together(held, found.class_names)
+                held, num_bytes = [], 0
+            held.append((outcome, Named(item.file, item.label, split)))
+            num_bytes, any_usable = num_bytes + len(outcome.pixels), True
+    if held:
+        yield _together(held, found.class_names)
+    if not any_usable:
+        raise DataError(f"{root} has no usable photograph: {shown(found.left_out)}.")
+
+
+def _together(
+    held: list[tuple[Picture, Named]], class_names: tuple[str, ...]
+) -> tuple[Store, list[Named]]:
+    """Pictures as a store in memory."""
+    pixels = bytearray().join(picture.pixels for picture, _ in held)
+    sizes = torch.tensor([len(picture.pixels) for picture, _ in held])
+    store = Store(
+        pixels=torch.frombuffer(pixels, dtype=torch.uint8),
+        offset=sizes.cumsum(0) - sizes,
+        height=torch.tensor([p.height for p, _ in held], dtype=torch.int32),
+        width=torch.tensor([p.width for p, _ in held], dtype=torch.int32),
+        label=torch.tensor([named.label for _, named in held]),
+        class_names=class_names,
+        fingerprint="",
+    )
+    return store, [named for _, named in held]

@@ -1,0 +1,124 @@
+"""Runs by several ranks: on with another number, stopped, killed, and what each says."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import forks
+import pytest
+from forks import PRETRAIN, Bench, bench, start
+from ranks import SOON, Figures, ended, losses, ranks, said, trial
+
+from fastidmm.record import Record
+from fastidmm.verify import verify
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Bench]:
+    """A dataset of 32 photographs; all that children import is imported."""
+    with bench() as made:
+        yield made
+
+
+def until_step(folder: Path, step: int) -> None:
+    """Wait until a run has told of that step."""
+    while not forks.steps_told(folder) >= step:
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(work: Bench) -> list[float]:
+    """The losses of one process."""
+    work.truth("pretrain idmm")
+    return losses(work.work / "truth pretrain idmm" / "runs" / "run")
+
+
+def fresh(work: Bench, name: str) -> Path:
+    place = work.work / name
+    place.mkdir()
+    return place
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
+    work: Bench, whole: list[float]
+) -> None:
+    """Begun by two, asked to stop, replayed by one, gone on with by three, then by one."""
+    place = fresh(work, "stopped")
+    run = place / "runs" / "run"
+    children = ranks(2, PRETRAIN, place)
+    until_step(run, 2)
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert ended(children) == [75, 75]
+    made = Record(run).steps
+    assert 2 <= made < 16 and said(place).count("`fastidmm resume runs/run` goes on") == 1
+    (replayed,) = verify(run, 20)
+    assert not replayed.difference and "of those of 2 ranks" in str(replayed)
+    children = ranks(3, "resume run", place)
+    until_step(run, made + 2)
+    os.kill(children[0].pid, signal.SIGTERM)
+    os.kill(children[0].pid, signal.SIGTERM)  # a launcher's own: it costs nothing
+    assert ended(children) == [75] * 3
+    again = Record(run).steps
+    assert made < again < 16
+    child = start("resume run", place)
+    assert child.status() == 0
+    child.gone(5)
+    assert losses(run) == pytest.approx(whole, rel=1e-3)
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_all_end_where_one_is_killed(work: Bench, dead: int) -> None:
+    """Within a minute, one sentence with the rank, the step and how to go on."""
+    place = fresh(work, f"killed {dead}")
+    run = place / "runs" / "run"
+    children = ranks(3, PRETRAIN, place)
+    until_step(run, 3)
+    began = time.monotonic()
+    os.kill(children[dead].pid, signal.SIGKILL)
+    expected = [-signal.SIGKILL if rank == dead else 75 for rank in range(3)]
+    assert ended(children) == expected and time.monotonic() - began < SOON
+    words = said(place)
+    assert words.count(f"fastidmm: rank {dead} ended at step ") == 1, words
+    assert "Traceback" not in words and "`fastidmm resume runs/run` goes on" in words
+    assert forks.unreadable(run) == 0
+
+
+def test_what_every_rank_meets_is_said_once(work: Bench) -> None:
+    place = fresh(work, "wrong")
+    assert ended(ranks(2, f"{PRETRAIN} --set optim.nothing=1", place)) == [2, 2]
+    words = said(place)
+    assert words.count("fastidmm: unknown key optim.nothing") == 1 and words.count("\n") == 1
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.slow
+def test_random_trials_of_ranks(work: Bench, whole: list[float]) -> None:
+    found = Figures()
+    for kill in (True, False):
+        trial(work, 2, random.Random(3), found, kill=kill)
+        assert losses(work.work / "trial" / "runs" / "run") == pytest.approx(whole, rel=1e-3)
+    assert found.named == found.kills and found.kept == found.stops
+    assert found.kills + found.stops and not found.unreadable and found.slowest < SOON
+
+
+@pytest.mark.slow
+def test_the_launcher_answers_by_the_ranks_status(
+    work: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, of two processes that import everything."""
+    place = fresh(work, "launched")
+    monkeypatch.chdir(place)
+    words = f"{PRETRAIN} --device cpu --gpus 2 --epochs 1".split()
+    found = subprocess.run(
+        [sys.executable, "-m", "fastidmm", *words], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("runs/run: 1 epochs") == 1 and found.stderr.count("loader res") == 1
+    assert Record(place / "runs" / "run").finished
