@@ -197,8 +197,8 @@ bytes in ten times the time.
   on every rank.
 - **Use**: a row is pulled towards its own image once an epoch. At {last} instances that
   is once in {steps} steps; at {count}, once in {-(-INSTANCES[0] // IMAGES)}.
-- **Ranks**: of a step's {IMAGES} images 8 ranks make {images} each, {images * VIEWS} crops: too few to
-  keep such a GPU busy. More ranks want a larger `--batch-size`, and a rate to match.
+- **Ranks**: of a step's {IMAGES} images 8 ranks make {images} each, {images * VIEWS} crops: too few
+  to keep such a GPU busy. More ranks want a larger `--batch-size`, and a rate to match.
 """
 
 

@@ -107,7 +107,7 @@ def trial(work: Bench, size: int, chance: random.Random, found: Figures, *, kill
     children = ranks(size, PRETRAIN, place)
     _, seconds = work.truth("pretrain idmm")
     victim = chance.randrange(size)
-    if not children[victim].wait(chance.uniform(0, 2 * seconds)):
+    if not children[victim].wait(chance.uniform(0, seconds)):
         began = time.monotonic()
         os.kill(children[victim].pid, signal.SIGKILL if kill else signal.SIGTERM)
         statuses, folder = ended(children), place / RUN
