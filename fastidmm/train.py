@@ -121,7 +121,8 @@ def steps(
         skipped_since = skipped_since + made.skipped
         state.step += 1
         done = state.step == total
-        if done or any(every.due(state.step, n) for n in (every.log, every.knn, every.score)):
+        logged = done or any(every.due(state.step, n) for n in (every.log, every.knn, every.score))
+        if logged:
             line = metrics(parts, made, skipped_since) | clock.rates()
             skipped_since = torch.zeros_like(skipped_since)
             try:
@@ -135,10 +136,10 @@ def steps(
         if asked := world().any(stop.requested):
             stop.requested = True
         keep = done or best or asked or every.due(state.step, every.checkpoint)
-        lines = record.flush(wait=keep)
+        # What several ranks do of a line they must all do after the same step.
+        lines = record.flush(wait=keep or (logged and world().size > 1))
         left = [state.line] if state.line else []
-        # Lines come to each rank in its own time: the first counts.
-        if world().any(strikes(parts, lines + left, progress) and world().first):
+        if strikes(parts, lines + left, progress):
             return False
         outlook.arrived(lines, clock)
         if keep:

@@ -1,5 +1,6 @@
 """Several ranks make what one process makes: every method, every share of a batch."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from ranked import by
 from synthetic import SMALL, assembled, small_store
 from torch import Tensor, nn
+from toy_runs import recipe
 
+from fastidmm import stages
 from fastidmm import step as stepping
 from fastidmm.assemble import Parts
-from fastidmm.batch import Batch
+from fastidmm.batch import Batch, Loss
 from fastidmm.bench import training
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
@@ -22,6 +25,7 @@ from fastidmm.loaders.torch import Torch
 from fastidmm.methods.idmm import IDMM
 from fastidmm.norms import SharedBatchNorm, batch_norm, share_norms
 from fastidmm.ranks import World, world
+from fastidmm.record import Record
 from fastidmm.registry import METHODS
 from fastidmm.shares import shares_of
 from fastidmm.step import backward, step, together
@@ -260,6 +264,32 @@ def test_all_ranks_cut_the_batch_where_one_is_short_of_memory(tmp_path: Path) ->
     expected = [float(step(whole, batch_of(whole, n)).loss) for n in (0, 1)]
     for losses, pieces in by(2, partial(short_of_memory, tmp_path)):
         assert losses == pytest.approx(expected, rel=1e-6) and pieces == 2
+
+
+def gone_back() -> tuple[int, list[float]]:
+    """A run whose loss is not finite in two steps of the first attempt, on the last rank alone."""
+    torch.set_num_threads(1)
+    forward, last = IDMM.forward, world().rank == world().size - 1
+
+    def failing(self: IDMM, batch: Batch) -> Loss:
+        loss = forward(self, batch)
+        fails = last and batch.step in (4, 5) and not self.backbone.counters.attempt  # type: ignore[union-attr]
+        return replace(loss, total=loss.total * float("nan")) if fails else loss
+
+    IDMM.forward = failing  # type: ignore[method-assign]
+    try:
+        stages.pretrain(recipe(loader="resident", device="cpu"), f"of-{world().size}")
+    finally:
+        IDMM.forward = forward  # type: ignore[method-assign]
+    record = Record(Path(f"runs/of-{world().size}"))
+    return record.state["attempt"], [line["loss"] for line in record.metrics()]
+
+
+def test_all_go_back_where_one_has_losses_that_are_not_finite(toy: str) -> None:
+    attempt, expected = gone_back()
+    assert attempt == 1 and len(expected) == 21
+    for again, losses in by(2, gone_back):
+        assert again == 1 and losses == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_by_all(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from forks import (
     PRETRAIN,
     RUN,
     Bench,
-    Case,
     Child,
     bench,
     command_of,
@@ -29,7 +28,7 @@ from forks import (
 from ranked import as_rank
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from fastidmm.record import RECIPE, Record
+from fastidmm.record import Record
 
 SOON = 60.0  # seconds in which all must end where one did
 SIZES = (2, 3)
@@ -107,7 +106,7 @@ def trial(work: Bench, size: int, chance: random.Random, found: Figures, *, kill
     children = ranks(size, PRETRAIN, place)
     _, seconds = work.truth("pretrain idmm")
     victim = chance.randrange(size)
-    if not children[victim].wait(chance.uniform(0, 2 * seconds)):
+    if not children[victim].wait(chance.uniform(0, seconds)):
         began = time.monotonic()
         os.kill(children[victim].pid, signal.SIGKILL if kill else signal.SIGTERM)
         statuses, folder = ended(children), place / RUN
@@ -124,14 +123,9 @@ def trial(work: Bench, size: int, chance: random.Random, found: Figures, *, kill
         found.unreadable += unreadable(folder)
     else:
         ended(children)
-    going_on = ranks(size ^ 1, on_with(CASE, place), place)
+    going_on = ranks(size ^ 1, command_of(CASE, place), place)
     if any(ended(going_on)):
         raise AssertionError(said(place))
-
-
-def on_with(case: Case, place: Path) -> str:
-    """The command that goes on; what never began a run begins one."""
-    return command_of(case, place) if (place / RUN / RECIPE).exists() else case.command
 
 
 def main() -> None:
