@@ -42,19 +42,23 @@ from fastidmm.options import (
     answer,
     by_ranks,
     chosen_run,
+    messages,
     recipe_of,
     recipe_settings,
 )
 
+HELP = "Train vision transformers when all you have is a few thousand images."
+
 app = typer.Typer(
     name="fastidmm",
-    help="Train vision transformers when all you have is a few thousand images.",
+    help=HELP,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: importing rich for its boxes doubles the time to it
 )
 
+app.callback(help=HELP)(messages)
 app.add_typer(bench, name="bench")
 app.add_typer(runs, name="runs")
 

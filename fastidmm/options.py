@@ -1,14 +1,18 @@
 """Flags that several commands share, and how a command answers."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastidmm.errors import UsageError
 
 if TYPE_CHECKING:
     from fastidmm.recipe import Recipe
@@ -113,6 +117,24 @@ def chosen_run(name: str | None) -> Path:
     if name is None:
         note(f"run {folder}, the newest")
     return folder
+
+
+def messages(
+    ctx: typer.Context,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Answers and errors only, no progress.")
+    ] = False,
+    log_file: Annotated[
+        Path | None, typer.Option("--log-file", help="Add progress and remarks to this file.")
+    ] = None,
+) -> None:
+    """Send what is neither an answer nor an error elsewhere: before the command's name."""
+    if not quiet and log_file is None:
+        return
+    if log_file is not None and not log_file.resolve().parent.is_dir():
+        raise UsageError(f"--log-file {log_file}: there is no such folder; make it first.")
+    place = ctx.with_resource((log_file or Path(os.devnull)).open("a", buffering=1))
+    ctx.with_resource(redirect_stderr(place))
 
 
 def note(message: str) -> None:

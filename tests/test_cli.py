@@ -196,6 +196,23 @@ def test_wrong_ways_to_pretrain(typed: Type, toy: str, words: list[str], message
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("way", ["-q", "--quiet", "--log-file"])
+def test_messages_go_elsewhere(way: str, typed: Type, toy: str) -> None:
+    """Answers and errors stay; a file has what the terminal would have, one run after the other."""
+    words = [way, "notes.txt"] if way == "--log-file" else [way]
+    for name in ("one", "two"):
+        status, out, err = typed(*words, "pretrain", *TINY, "--run", name)
+        assert (status, err) == (0, "") and out.startswith(f"runs/{name}: ")
+    status, out, err = typed(*words, "pretrain", *TINY, "--run", "one")
+    assert status == 2 and "runs/one exists" in sentence(err)
+    if way == "--log-file":
+        told = Path("notes.txt").read_text()
+        assert "one: epoch" in told and "two: epoch" in told
+    assert typed("list")[2] == ""  # and stderr is what it was
+    status, _, err = typed("--log-file", "nowhere/notes.txt", "list")
+    assert status == 2 and "there is no such folder" in sentence(err)
+
+
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
     before = Path("runs/mine/metrics.jsonl").read_bytes()
