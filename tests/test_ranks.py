@@ -89,7 +89,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 @pytest.fixture(scope="module", params=SIZES)
 def by_ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    alone: dict[str, Made],  # what children use is imported by then
 ) -> list[dict[str, Made]]:
     return by(request.param, partial(made, tmp_path_factory.mktemp("ranks")))
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fastidmm.ranks import joined
 
 T = TypeVar("T")
-HUNG = 60.0  # seconds
+HUNG = 180.0  # seconds
 
 
 def free_port() -> int:
