@@ -32,7 +32,10 @@ def blocks(page: Path, kind: str) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """Whole commands of fastidmm's, without what a shell does around them."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    for name, value in re.findall(r'(?m)^([A-Z]+)="(.*)"$', text):
+        text = text.replace(f"${name}", value)
+    lines = text.splitlines()
     words = [re.sub(r"\s#.*|[|&>].*", "", line).strip() for line in lines]
     words = [re.sub(r"^(?:\w+=\S+ )+", "", line) for line in words]
     words += re.findall(r"`(fastidmm [a-z][^`]*)`", page.read_text().replace("\n", " "))
