@@ -8,7 +8,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MUST_HOLD = ("kernels/instance_loss.py", "configs/demo.toml", "reporting/report.html.j2")
+MUST_HOLD = (
+    "kernels/instance_loss.py",
+    "configs/demo.toml",
+    "reporting/page/report.html.j2",
+    "reporting/page/style.css",
+)
 SCRIPT = """
 import importlib.util, pathlib, fastidmm
 from fastidmm.recipe import read_tables
