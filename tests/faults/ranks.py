@@ -142,6 +142,7 @@ def main() -> None:
     told("promised 75 on every rank and no step lost", found.kept)
     told("promised 0 unreadable checkpoints", found.unreadable)
     told("promised losses of one process, by other ranks to the end", f"{found.apart:.1e} apart")
+    raise SystemExit(bool(found.kept != found.stops or found.unreadable))
 
 
 if __name__ == "__main__":
