@@ -1,11 +1,13 @@
-"""How fast and how far a run is: one live line on a terminal, one line a minute elsewhere."""
+"""How fast and how far a run is: a live block on a terminal, one line a minute elsewhere."""
 
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from statistics import quantiles
+from typing import Any, Self
 
 from fastidmm.batch import Batch
 from fastidmm.watch import Watch
@@ -14,19 +16,29 @@ SHOWN = (
     "loss", "instance_top1", "contrast_top1", "teacher_entropy", "train_top1", "knn_top1",
     "holdout_top1", "test_top1",
 )  # fmt: skip
-SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN = {"lines": 60.0, "blocks": 0.1}
 
 
 class Progress:
-    """Rate, data-wait and quality of a run, from the metric lines it writes."""
+    """Rate, data-wait, GPU memory and quality of a run, from the metric lines it writes.
+
+    A context: what is live on a terminal is left standing at its end.
+    """
 
     def __init__(self, name: str, watch: Watch, *, epochs: int, steps: int, done: int) -> None:
-        self.name, self.epochs, self.steps, self.first = name, epochs, steps, done
+        self.name, self.epochs, self.steps = name, epochs, steps
         self.watch = watch
-        self.began = time.perf_counter()
-        self.shown = self.began
-        self.live = sys.stderr.isatty()
+        self.pace = Pace(steps, done)
+        self.shown = time.perf_counter()
         self.kept: dict[str, Any] = {}
+        self.live = Block() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.live:
+            self.live.end()
 
     def show(self, line: dict[str, Any]) -> None:
         """Take in a metric line, and show it where it is time to; warn where nothing is learnt."""
@@ -34,33 +46,96 @@ class Progress:
             say(sentence)
         self.kept.update({key: line[key] for key in SHOWN if line.get(key) is not None})
         now = time.perf_counter()
-        last = line["step"] == self.steps
-        if self.live:
-            sys.stderr.write("\r\x1b[K" + self._text(line, now) + ("\n" if last else ""))
-            sys.stderr.flush()
-        elif last or now - self.shown >= SECONDS_BETWEEN_LINES:
-            self.shown = now
-            print(self._text(line, now), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave a live line standing."""
-        if self.live and self.kept:
-            sys.stderr.write("\n")
-
-    def _text(self, line: dict[str, Any], now: float) -> str:
-        made = line["step"] - self.first
-        left = (self.steps - line["step"]) * (now - self.began) / max(made, 1)
-        parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in self.kept.items()]
-        return "  ".join(
-            [
-                f"{self.name}: epoch {line['epoch']}/{self.epochs}",
-                f"step {line['step']}/{self.steps}",
-                *parts,
-                f"{line['images_per_second']:.0f} images/s",
-                f"data-wait {100 * line['data_wait']:.0f} %",
-                f"{_clock(left)} left",
-            ]
+        self.pace.passed(line["step"], now)
+        where = (
+            f"{self.name}: epoch {line['epoch']}/{self.epochs}",
+            f"step {line['step']}/{self.steps}",
+            f"{self.pace} left",
         )
+        figures = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in self.kept.items()]
+        figures += [
+            f"{line['images_per_second']:.0f} images/s",
+            f"data-wait {100 * line['data_wait']:.0f} %",
+            *_gpu_memory(),
+        ]
+        between = SECONDS_BETWEEN["blocks" if self.live else "lines"]
+        if line["step"] < self.steps and now - self.shown < between:
+            return
+        self.shown = now
+        if self.live:
+            self.live.show(line["step"] / self.steps, "  ".join(where), "  ".join(figures))
+        else:
+            print("  ".join([*where, *figures]), file=sys.stderr, flush=True)
+
+
+class Block:
+    """A bar and two lines of text at the end of a terminal, drawn anew when they are shown."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # not before the end of --help
+        from rich.live import Live
+
+        # What is printed meanwhile appears above.
+        self.live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
+        self.begun = False
+
+    def show(self, done: float, where: str, figures: str) -> None:
+        """`done`: the share of all steps."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self.begun:
+            self.live.start()
+            self.live.console.show_cursor()  # a killed run would leave none
+            self.begun = True
+        rows = Table.grid()
+        for row in (ProgressBar(total=1.0, completed=done), Text(where), Text(figures)):
+            rows.add_row(row)
+        self.live.update(rows, refresh=True)
+
+    def end(self) -> None:
+        """Leave it as it was shown last."""
+        self.live.stop()
+
+
+class Pace:
+    """The time that is left, by the metric lines so far."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        """`steps` in all, of which some were done before."""
+        self.steps = steps
+        self.began = done, time.perf_counter()
+        self.marks: deque[tuple[int, float]] = deque(maxlen=256)  # steps made, when
+
+    def passed(self, step: int, now: float) -> None:
+        """So many steps are made."""
+        self.marks.append((step, now))
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """By the mean, the faster quarter and the slower quarter of the steps between two lines."""
+        # The time to the first line is compiling and warming up, where there are others.
+        marks = self.marks if len(self.marks) > 1 else [self.began, *self.marks]
+        left = self.steps - marks[-1][0]
+        each = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(marks) if b[0] > a[0]] or [0.0]
+        mean = (marks[-1][1] - marks[0][1]) / max(marks[-1][0] - marks[0][0], 1)
+        low, _, high = quantiles(each, method="inclusive") if len(each) > 1 else each * 3
+        return left * mean, left * min(low, mean), left * max(high, mean)
+
+    def __str__(self) -> str:
+        mean, low, high = map(_clock, self.seconds)
+        return f"{mean} ({low} to {high})" if low != high else mean
+
+
+def _gpu_memory() -> list[str]:
+    """The most that was reserved of the GPU in use; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return []
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return [f"GPU {torch.cuda.max_memory_reserved() / 1e9:.1f} of {whole / 1e9:.0f} GB"]
 
 
 def _clock(seconds: float) -> str:
@@ -119,6 +194,4 @@ class Clock:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; answers go to stdout, this does not."""
-    # On a terminal the line may hold the live progress: it is redrawn below.
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{clear}{message}", file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)

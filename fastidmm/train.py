@@ -92,25 +92,34 @@ def attempted(parts: Parts, stop: Stop, outlook: Outlook) -> bool:
     """Whether the run was brought to its end or stopped; false: it must roll back."""
     clock = Clock()
     outlook.restart(parts.state.step)
-    with closing(stepped(parts, clock)) as coming:
-        return steps(parts, stop, coming, clock, outlook)
+    with closing(stepped(parts, clock)) as coming, progress_of(parts) as progress:
+        return steps(parts, stop, coming, clock, outlook, progress)
+
+
+def progress_of(parts: Parts) -> Progress:
+    """What shows how far a run is, and warns where it learns nothing."""
+    record, state, recipe = parts.record, parts.state, parts.recipe
+    warmed_up = (recipe.optim.warmup_epochs or 0) * parts.loader.steps_per_epoch
+    watch = Watch(parts.method.guessing(), warmed_up)
+    name, epochs = record.folder.name, recipe.run.epochs
+    return Progress(name, watch, epochs=epochs, steps=record.total_steps, done=state.step)
 
 
 def steps(
-    parts: Parts, stop: Stop, coming: Iterator[Stepped], clock: Clock, outlook: Outlook
+    parts: Parts,
+    stop: Stop,
+    coming: Iterator[Stepped],
+    clock: Clock,
+    outlook: Outlook,
+    progress: Progress,
 ) -> bool:
     """Steps until the run is done or asked to stop (true), or must roll back (false)."""
-    state, record, method, run = parts.state, parts.record, parts.method, parts.recipe.run
+    state, record, method = parts.state, parts.record, parts.method
     device = parts.store.device
     every = Cadence.of(parts)
     skipped_since = torch.full((), state.skipped, device=device)
     if state.step == 0:
         save(parts, clock)
-    warmed_up = parts.recipe.optim.warmup_epochs or 0
-    watch = Watch(method.guessing(), warmed_up * parts.loader.steps_per_epoch)
-    progress = Progress(
-        record.folder.name, watch, epochs=run.epochs, steps=record.total_steps, done=state.step
-    )
     method.train()
     total = record.total_steps
     if state.line and not made_good(parts, every, clock, stop, progress):
@@ -146,7 +155,6 @@ def steps(
             state.skipped = float(skipped_since)
             save(parts, clock)
         if asked:
-            progress.close()
             break
     if state.step == total:
         outlook.end()

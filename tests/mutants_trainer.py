@@ -132,7 +132,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "Mixup and CutMix in one graph": ((CAPTURE, REPLAYED), [("*(mix_of(group, epoch) for group in loader.method.views), ", "")]),
     "the first batch for ever": ((CAPTURE, "capture::test_batches_that_a_loader_brings"), [("                fixed.copy_(fresh)\n", "                pass\n")]),
     # Signals, clips and decay.
-    "stopped before it is kept": ((TRAIN, "stop::test_a_signal_after_the_last_look_is_heard_after_the_next_step"), [("        if asked:\n            progress", "        if stop.requested:\n            progress")]),
+    "stopped before it is kept": ((TRAIN, "stop::test_a_signal_after_the_last_look_is_heard_after_the_next_step"), [("        if asked:\n            break", "        if stop.requested:\n            break")]),
     "clipped only upwards": ((OPTIM, "optim::test_tensors_are_clipped_and_decay_follows_its_schedule"), [("(n + 1e-6)).clamp(max=1)", "(n + 1e-6)).clamp(min=1)")]),
     "decay of skipped steps": ((OPTIM, "optim::test_tensors_are_clipped_and_decay_follows_its_schedule"), [("torch.where(skipped, 1.0, 1 - lr", "torch.where(skipped & False, 1.0, 1 - lr")]),
     "scaled gradients applied": ((OPTIM, "optim::test_scaled_gradients_are_divided_again"), [("optimizer.grad_scale, optimizer.found_inf = scale,", "optimizer.grad_scale, optimizer.found_inf = None,")]),
