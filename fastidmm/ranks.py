@@ -269,6 +269,18 @@ def asked() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def launched() -> str:
+    """What tells this launch by torchrun from others, whenever it begins its ranks; "" without."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # Where it was given no name it says so, and has one process on one machine that stays.
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+
+
+def restarts() -> int:
+    """How often torchrun has begun all ranks again, since one of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of the ranks that a launcher has started, where it has started several.
@@ -280,6 +292,8 @@ def joined() -> Iterator[None]:
         yield
         return
     store, rank, size = next(rendezvous("env://"))
+    # torchrun's store may hold where ranks that are gone could be reached.
+    store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
     both = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if both else "gloo",

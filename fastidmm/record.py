@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
 from fastidmm.preparing.files import naming
 from fastidmm.progress import say
-from fastidmm.ranks import world
+from fastidmm.ranks import launched, world
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.store import Store, check_name
 
@@ -301,6 +302,7 @@ def environment(store: Store, device: torch.device) -> dict[str, Any]:
         "device": name_of(device),
         "threads": cpu_threads(),
         "ranks": world().size,
+        "launch": launched(),
         "command": sys.argv,
         "train_fingerprint": store.fingerprint,
         "num_train": len(store),
@@ -342,13 +344,15 @@ def start_of(folder: Path, init: str) -> Path | None:
     return Path(os.path.normpath(folder / init)) if init not in ("", PUBLISHED) else None
 
 
+def numbered(folder: Path) -> Iterator[Path]:
+    """The folder itself, then the same with numbers."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+
+
 def free_folder(folder: Path) -> Path:
     """The folder itself where that is not taken yet, the same with a number otherwise."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    return next(path for path in numbered(folder) if not path.exists())
 
 
 def existing_run(name: str | None) -> Path:

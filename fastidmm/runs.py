@@ -65,6 +65,7 @@ def apart(one: Path, other: Path) -> dict[str, dict[str, list[Any]]]:
     around = [Record(folder).environment() for folder in (one, other)]
     for each in around:
         del each["command"]  # two that differ may mean the same
+        each.pop("launch", None)
     return {"recipe": _differing(*recipes), "environment": _differing(*around)}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
 from fastidmm.progress import SHOWN, say
 from fastidmm.quality import rising
-from fastidmm.ranks import world
+from fastidmm.ranks import launched, restarts, world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
-from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, run_folder, stages
+from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, numbered, run_folder, stages
 from fastidmm.registry import find
 from fastidmm.scoring import best
 from fastidmm.train import train
@@ -34,8 +35,7 @@ KEPT = (
 def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """Pretrain a recipe in a new run folder; what came out."""
     stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
-    folder = run_folder(run) if run else free_folder(run_folder(stem[:60]))
-    return _trained(folder, recipe)
+    return _trained(run_folder(run or stem[:60]), recipe, named=bool(run))
 
 
 def begun(folder: Path, recipe: Recipe) -> Record:
@@ -53,9 +53,32 @@ def begun(folder: Path, recipe: Recipe) -> Record:
     return Record.create(folder, recipe, store)
 
 
-def _trained(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Train a recipe in a new folder; what came out."""
-    record = Record(Path(world().tell(lambda: str(begun(folder, recipe).folder))))
+def gone_on_with(folder: Path, recipe: Recipe) -> bool:
+    """Whether the launcher that begins these ranks anew had them begin this recipe there."""
+    if not (restarts() and (folder / RECIPE).exists()):
+        return False
+    before = Record(folder)
+    if recipe.run.loader == "auto":
+        recipe = Recipe.of(
+            with_settings(recipe.tables(), {"run.loader": before.recipe.run.loader}, [])
+        )
+    same = before.recipe.toml() == recipe.toml()
+    return same and before.environment().get("launch") == launched()
+
+
+def _placed(folder: Path, recipe: Recipe, *, named: bool) -> str:
+    """The folder in which ranks begin a recipe, or go on where they are begun anew."""
+    taken = [folder] if named else list(takewhile(Path.exists, numbered(folder)))
+    for path in reversed(taken):
+        if gone_on_with(path, recipe):
+            say(f"begun anew by torchrun: {path} goes on from its last checkpoint.")
+            return str(path)
+    return str(begun(folder if named else free_folder(folder), recipe).folder)
+
+
+def _trained(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, Any]:
+    """Train a recipe in a new folder, with a number where none was `named`; what came out."""
+    record = Record(Path(world().tell(lambda: _placed(folder, recipe, named=named))))
     try:
         told = train(record)
     except (UsageError, DataError):
@@ -99,8 +122,7 @@ def finetune(
     if start:
         _same_images(start, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
-    folder = free_folder(run / name)
-    return _trained(folder, recipe)
+    return _trained(run / name, recipe)
 
 
 def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     del tables["loader"], tables["run"]["loader"], tables["run"]["num_images"]  # the other's size
     tables = with_settings(tables, settings, assignments)
     stem = f"{tables['run']['dataset']}_{tables['run']['backbone']}_from_{run.resolve().name}"
-    folder = free_folder(run_folder(stem.replace(":", "-")[:60]))
+    folder = run_folder(stem.replace(":", "-")[:60])
     tables["run"]["init"] = os.path.relpath(parent.result, folder)
     return _trained(folder, Recipe.of(tables))
 

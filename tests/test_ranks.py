@@ -32,7 +32,10 @@ from fastidmm.step import backward, step, together
 
 NUM, BATCH, STEPS = 11, 8, 3  # of 8, 3 and 8 images: one of four ranks has none of the 3
 SIZES = (2, 4)
-Made = tuple[list[list[float]], Tensor, Tensor]
+# MoCo v3's BatchNorm makes so much of the roundings of 3 rows that one process is 4e-6 from float64
+# itself: there, float64 alone says whether ranks do the same.
+TOO_FEW = {"mocov3": (1,)}
+Made = tuple[list[list[float]], Tensor, tuple[float, Tensor]]
 
 
 def parts_of(method: str, place: Path, **options: Any) -> Parts:
@@ -52,34 +55,34 @@ def batch_of(parts: Parts, number: int) -> Batch:
 
 
 def made(place: Path) -> dict[str, Made]:
-    """Of every method: numbers of some steps, its state after, and a gradient in float64."""
+    """Of every method: numbers of some steps, its state after, and what float64 gives."""
     torch.set_num_threads(1)
     found = {}
     for method in sorted(METHODS):
         parts = parts_of(method, place)
         parts.state.micro_batches = 2 if parts.method.can_be_cut() else 1
-        gradient = in_float64(parts)
+        exact = in_float64(parts)
         numbers = []
         for number in range(STEPS):
             now = step(parts, batch_of(parts, number))
             numbers.append([float(now.loss), *map(float, now.parts.values()), float(now.norm)])
         state = torch.cat([t.double().flatten() for t in parts.method.state_dict().values()])
-        found[method] = numbers, state, gradient
+        found[method] = numbers, state, exact
     return found
 
 
-def in_float64(parts: Parts) -> Tensor:
-    """The gradient of the shorter batch, all of it in double precision."""
+def in_float64(parts: Parts) -> tuple[float, Tensor]:
+    """Loss and gradient of the shorter batch, all of it in double precision."""
     assert isinstance(parts.loader, Resident)
     parts.method.double()
     parts.loader.dtype = torch.float64
     batch = batch_of(parts, 1)
-    together(parts, batch, backward(parts, batch))
+    loss = float(together(parts, batch, backward(parts, batch)).total)
     found = [p.grad.flatten() for p in parts.method.parameters() if p.grad is not None]
     parts.optimizer.zero_grad(set_to_none=True)
     parts.method.float()
     parts.loader.dtype = torch.float32
-    return torch.cat(found)
+    return loss, torch.cat(found)
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +104,17 @@ def test_losses_and_gradients_are_those_of_one_process(
     method: str, alone: dict[str, Made], by_ranks: list[dict[str, Made]]
 ) -> None:
     """Uneven tails, a rank without images, micro-batches, drop-path, CutMix across ranks."""
-    numbers, _, gradient = alone[method]
+    numbers, _, (loss, gradient) = alone[method]
     for rank in by_ranks:
-        for ours, theirs in zip(rank[method][0], numbers, strict=True):
-            # MoCo v3's BatchNorm makes much of the roundings of 3 rows.
-            near, of_norm = (3e-6, 1e-3) if method == "mocov3" else (1e-6, 1e-5)
-            assert ours[:-1] == pytest.approx(theirs[:-1], rel=near, abs=near)
-            assert ours[-1] == pytest.approx(theirs[-1], rel=of_norm)
+        for number, (ours, theirs) in enumerate(zip(rank[method][0], numbers, strict=True)):
+            if number not in TOO_FEW.get(method, ()):
+                assert ours[:-1] == pytest.approx(theirs[:-1], rel=1e-6, abs=1e-6)
+                assert ours[-1] == pytest.approx(theirs[-1], rel=1e-5)
         # The contrastive losses are in float32 whatever their features are.
-        exact = 1e-5 if method in ("simclr", "supcon") else 1e-11
-        assert (rank[method][2] - gradient).norm() < exact * gradient.norm()
+        in_float32 = method in ("simclr", "supcon")
+        assert rank[method][2][0] == pytest.approx(loss, rel=1e-6 if in_float32 else 1e-12)
+        apart = (rank[method][2][1] - gradient).norm()
+        assert apart < (1e-5 if in_float32 else 1e-11) * gradient.norm()
     assert all(torch.equal(rank[method][1], by_ranks[0][method][1]) for rank in by_ranks)
 
 

@@ -103,7 +103,7 @@ def trained(place: Path, steps: int, start: Path | None = None) -> tuple[list[fl
     torch.set_num_threads(1)
     parts = parts_of("idmm", place, head="sharded")
     rows = parts.method.get_parameter("head.weight").shape[0]
-    gradient = in_float64(parts)
+    _, gradient = in_float64(parts)
     if start is not None:
         take_up(parts, *checkpoint.load(start, checkpoint.MODEL, checkpoint.OPTIMIZER))
     made = [step(parts, batch_of(parts, parts.state.step + n)) for n in range(steps)]
