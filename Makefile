@@ -23,8 +23,8 @@ demo: setup  ## photographs in, report out: pretrain, fine-tune, compare with no
 	rm -rf runs/demo
 	$(BIN)/fastidmm run --recipe demo --run demo
 
-test: setup  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+test: setup  ## every test that needs no GPU, on two cores
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist worksteal $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -34,10 +34,11 @@ def typed(
     """Types a line, where photographs lie; fails unless it ends with 0."""
     train = stages._trained
 
-    def less(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    def less(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, Any]:
         run = recipe.run.model_copy(update=LESS)
         optim = recipe.optim.model_copy(update={"warmup_epochs": 0.0})
-        return train(folder, recipe.model_copy(update={"run": run, "optim": optim}))
+        cut = recipe.model_copy(update={"run": run, "optim": optim})
+        return train(folder, cut, named=named)
 
     monkeypatch.setattr(stages, "_trained", less)
     monkeypatch.setitem(TABLES["backbone"], "pvtv2_b3", TABLES["backbone"]["pvtv2_b0"])
