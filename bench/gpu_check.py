@@ -2,21 +2,27 @@
 
     PYTHONPATH=. python3 bench/gpu_check.py OUT PHOTOS [PART ...]
 
-OUT/result.json is written after every part, so that a run cut short has lost nothing; PHOTOS is a
-folder as `fastidmm prepare --dataset folder` takes it. Meant for two goes of under nine minutes on
-one H200: first the part `tests`, and with what that finds mended, the others.
+Each part is a process of its own, since a GPU's fault ends all that its process does later. After
+each, OUT/result.json has what it found, OUT/log.txt what it printed: a run cut short has lost
+nothing. PHOTOS is a folder as `fastidmm prepare --dataset folder` takes it. Meant for two goes of
+under nine minutes on one H200: first the part `tests`, and with what that finds mended, the others.
 """
 
 import json
+import logging
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -45,17 +51,23 @@ def versions() -> dict[str, Any]:
 
 
 def gpu_tests() -> dict[str, Any]:
-    """`pytest -m gpu`: its status and the end of what it printed."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=15", "tests"]
-    try:
-        done = subprocess.run(
-            words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=480
-        )
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout or b""
-        text = said.decode() if isinstance(said, bytes) else said
-        return {"failed": "eight minutes were not enough", "tail": text.splitlines()[-60:]}
-    return {"status": done.returncode, "tail": done.stdout.splitlines()[-60:]}
+    """`pytest -m gpu`, the files that have such tests: their statuses. A fault ends one file's."""
+    files = [
+        *sorted((ROOT / "tests" / "gpu").glob("test_*.py")),
+        ROOT / "tests" / "test_loaders.py",
+    ]
+    # Releases of other packages there may warn of what is no mistake here.
+    words = [
+        sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "-m", "gpu", "--durations=5",
+        "-W", "default::DeprecationWarning",
+    ]  # fmt: skip
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
+    return {
+        file.name: subprocess.run(
+            [*words, str(file)], cwd=ROOT, check=False, env=environ
+        ).returncode
+        for file in files
+    }
 
 
 def loader_time(photos: Path, device: torch.device) -> dict[str, Any]:
@@ -78,8 +90,14 @@ def real_run(out: Path, photos: Path) -> dict[str, Any]:
         "finetune": {"epochs": 20},
         "finetune_high": {"epochs": 3},
     }
-    found = run_all(Recipe.of(tables), str(out / "run"))
-    metrics = Record(out / "run").metrics()
+    folder = Path(tempfile.mkdtemp()) / "run"
+    found: dict[str, Any] = {}
+    try:
+        found = run_all(Recipe.of(tables), str(folder))
+    finally:  # an evaluation that fails leaves what was learnt
+        if (folder / "metrics.jsonl").exists():
+            shutil.copy(folder / "metrics.jsonl", out / "metrics.jsonl")
+    metrics = Record(folder).metrics()
     return {
         "images": summary.num_train,
         "seconds_prepare": prepared,
@@ -89,35 +107,73 @@ def real_run(out: Path, photos: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run every part, each written down as it ends; a part that fails says why."""
-    out = Path(sys.argv[1]).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """Every part by its name, those of most worth first, with the seconds it may take."""
     device = torch.device("cuda")
     high: dict[str, Any] = {"method": "supervised", "quick": True}
-    parts: dict[str, Callable[[], Any]] = {
-        "versions": versions,
-        "tests": gpu_tests,
-        "views": lambda: [views.measure(device, quick=True, size=size) for size in (112, 224)],
-        "loss": lambda: loss.measure(device),
-        "step": lambda: step.measure(device, trace=out / "trace.json.gz"),
-        "run": lambda: real_run(out, photos),
-        "loaders": lambda: loader_time(photos, device),
-        "step_224": lambda: step.measure(device, resolution=224, batch_size=256, **high),
-        "step_448": lambda: step.measure(device, resolution=448, batch_size=128, **high),
-        "step_base": lambda: step.measure(device, quick=True, backbone="deit_base"),
-        "step_pvtv2_b3": lambda: step.measure(device, quick=True, backbone="pvtv2_b3"),
-        "step_compiled": lambda: step.measure(device, quick=True, compiled=True),
-    }
-    photos, chosen = Path(sys.argv[2]), sys.argv[3:] or list(parts)
-    result: dict[str, Any] = {}
-    for name in chosen:
-        try:
-            result[name] = parts[name]()
-        except Exception as problem:  # the other parts are worth having
-            result[name] = {"failed": repr(problem)}
+    return {
+        "versions": (60, versions),
+        "tests": (480, gpu_tests),
+        "step": (120, lambda: step.measure(device, trace=out / "trace.json.gz")),
+        "views": (
+            120, lambda: [views.measure(device, quick=True, size=size) for size in (112, 224)]
+        ),
+        "run": (240, lambda: real_run(out, photos)),
+        "step_224": (
+            90, lambda: step.measure(device, resolution=224, batch_size=256, **high)
+        ),
+        "step_compiled": (120, lambda: step.measure(device, quick=True, compiled=True)),
+        "loss": (120, lambda: loss.measure(device, quick=True)),
+        "step_base": (90, lambda: step.measure(device, quick=True, backbone="deit_base")),
+        "step_pvtv2_b3": (90, lambda: step.measure(device, quick=True, backbone="pvtv2_b3")),
+        "step_448": (
+            90, lambda: step.measure(device, resolution=448, batch_size=128, **high)
+        ),
+        "loaders": (180, lambda: loader_time(photos, device)),
+    }  # fmt: skip
+
+
+def one(out: Path, photos: Path, name: str) -> None:
+    """One part in this process: what it found goes to OUT/part.json."""
+    logging.basicConfig()
+    logging.getLogger("fastidmm").setLevel(logging.DEBUG)  # why steps are not captured, in full
+    found = parts(out, photos)[name][1]()
+    (out / "part.json").write_text(json.dumps(found, default=str))
+
+
+def ended(words: list[str], log: IO[str], seconds: float) -> int | str:
+    """The status of a part's process; one that is late ends with all that it began."""
+    print(f"\n=== {words[-1]}", file=log, flush=True)
+    child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return f"not done after {seconds:.0f} s"
+
+
+def main() -> None:
+    """Run every part, each written down as it ends; a part that fails says why in the log."""
+    out, photos = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+    if sys.argv[3:4] == ["--one"]:
+        one(out, photos, sys.argv[4])
+        sys.exit()
+    out.mkdir(parents=True, exist_ok=True)
+    known, result, part = parts(out, photos), dict[str, Any](), out / "part.json"
+    for name in sys.argv[3:] or list(known):
+        began = time.perf_counter()
+        words = [sys.executable, __file__, str(out), str(photos), "--one", name]
+        with (out / "log.txt").open("a") as log:
+            status = ended(words, log, known[name][0])
+        result[name] = {
+            "status": status,
+            "seconds": round(time.perf_counter() - began, 1),
+            "found": json.loads(part.read_text()) if part.exists() else None,
+        }
+        part.unlink(missing_ok=True)
         (out / "result.json").write_text(json.dumps(result, indent=2))
-        print(name, json.dumps(result[name])[:2000], flush=True)
+        print(name, json.dumps(result[name])[:1500], flush=True)
 
 
 if __name__ == "__main__":

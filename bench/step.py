@@ -83,7 +83,8 @@ def measure(
         "method": method, "resolution": resolution, "batch_size": size, "loader": "resident",
         "device": str(device), "compile": compiled,
     }  # fmt: skip
-    store = noise(NUM, NUM if gpu else 2 * size)
+    # 240 MB of pictures on a GPU: several times what its caches hold, and soon drawn.
+    store = noise(NUM, 256 if gpu else 2 * size)
     with workplace() as work:
         parts = assembled({"run": run}, store, work)
         if gpu:

@@ -7,6 +7,7 @@ are made one operation at a time: kernels are compiled, memory is settled. The n
 and from there on replayed: the same kernels on the same numbers, so the same bits.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
@@ -88,7 +89,7 @@ class Captured:
     def step(self, number: int, batch: Batch | None = None) -> Stepped:
         """Make the step of that number, from `batch` or else from what the loader makes of it.
 
-        What it gives is overwritten by the next step of its kind.
+        What it gives is overwritten by the next step: graphs share their memory.
         """
         if self._micro_batches != self.parts.state.micro_batches:
             self._micro_batches = self.parts.state.micro_batches
@@ -158,6 +159,7 @@ class Captured:
             if isinstance(problem, torch.OutOfMemoryError) and self.release():
                 return False  # without the other graphs there is room: with the next of its kind
             self._impossible = True
+            logging.getLogger(__name__).debug("not captured", exc_info=problem)
             why = (str(problem) or type(problem).__name__).splitlines()[0]
             say(f"steps are not captured ({why}): they are made one operation at a time.")
             return False

@@ -103,7 +103,8 @@ def enhance(x: Tensor, operation: Tensor, level: Tensor, negative: Tensor, *_: T
     kind = (operation == OPERATIONS.index("contrast")) + 2 * (
         operation == OPERATIONS.index("color")
     )
-    sharp = (smooth(x) + (x - smooth(x)) * factor[:, None, None, None]).clamp(0, 1)
+    soft = smooth(x)
+    sharp = (soft + (x - soft) * factor[:, None, None, None]).clamp(0, 1)
     return torch.where(_is(operation, "sharpness", 4), sharp, colour.blend(x, kind, factor))
 
 

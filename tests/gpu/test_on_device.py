@@ -108,7 +108,8 @@ def test_the_kernels_give_the_renderers_views(group: ViewGroup, size: int) -> No
         assert torch.equal(ours, views(there, drawn, group, torch.float32))
         half = views(there, drawn, group, torch.bfloat16)
         assert half.is_contiguous(memory_format=torch.channels_last)
-        assert float((half.float() - ours).abs().max()) < 0.02
+        # A value on either side of solarize's threshold is 1/255 off: 0.0175 of a normalised view.
+        assert float((half.float() - ours).abs().max()) < 0.03
 
 
 def test_plain_views_are_the_renderers() -> None:
