@@ -167,6 +167,15 @@ class Captured:
         return True
 
 
+def left_uncaptured(parts: Parts) -> str:
+    """Why steps of a GPU that were to be captured are not, from the start; "" where nothing is."""
+    wanted = parts.store.device.type == "cuda" and parts.recipe.run.capture
+    # What travels between ranks can be captured; it has not been tried.
+    if wanted and world().size > 1:
+        return "steps of several ranks are not captured: they are made one operation at a time."
+    return ""
+
+
 def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
     """Steps from where a run stands on, each made when it is asked for, and soon overwritten.
 
@@ -174,8 +183,7 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
     """
     loader = parts.loader
     on_gpu = parts.store.device.type == "cuda"
-    # What travels between ranks is not captured: it has not been tried on GPUs.
-    capture = on_gpu and parts.recipe.run.capture and world().size == 1
+    capture = on_gpu and parts.recipe.run.capture and not left_uncaptured(parts)
     captured = Captured(parts) if capture else None
     under_way: deque[torch.cuda.Event] = deque()
     with closing(loader.batches(parts.state.step)) as batches:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, State, assemble
-from fastidmm.capture import stepped
+from fastidmm.capture import left_uncaptured, stepped
 from fastidmm.errors import Gone, Interrupted, NumericalError, OutOfMemoryError
 from fastidmm.evaluate import Score, knn, outputs, score
 from fastidmm.forecast import Course, Outlook, keep
@@ -49,6 +49,8 @@ def train(record: Record) -> dict[str, float]:
                 say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
             if len(parts.store) < run.batch_size:
                 say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
+            if why := left_uncaptured(parts):
+                say(why)
             outlook = Outlook(course_of(parts), sum(g.count for g in parts.method.views))
             while not attempted(parts, stop, outlook):
                 roll_back(parts)

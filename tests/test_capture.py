@@ -2,22 +2,28 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from recorded import NotCapturable, Recorded
 from synthetic import SMALL, small_store
+from test_train import fail_at
 from torch import Tensor
+from toy_runs import recipe
 
-from fastidmm import chance, colour
+from fastidmm import capture, chance, colour, train
 from fastidmm.assemble import Parts
 from fastidmm.batch import Batch
 from fastidmm.bench.training import assembled
-from fastidmm.capture import WARM_UP, Captured
+from fastidmm.capture import WARM_UP, Captured, left_uncaptured
 from fastidmm.kernels import views, words
 from fastidmm.loaders import resident
 from fastidmm.loaders.planned import Planned
+from fastidmm.ranks import World
 from fastidmm.registry import METHODS
+from fastidmm.stages import pretrain
 from fastidmm.step import Stepped, step
 
 NUM, BATCH = 5, 2  # steps of 2, 2 and 1 rows
@@ -146,6 +152,31 @@ def test_what_cannot_be_captured_is_said_and_made_all_the_same(
         "steps are not captured (aten::_local_scalar_dense waits for the device): they are made "
         "one operation at a time."
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "ranks", "said"),
+    [("cuda", True, 2, 1), ("cuda", True, 1, 0), ("cuda", False, 2, 0), ("cpu", True, 2, 0)],
+)
+def test_that_steps_of_several_ranks_are_not_captured_is_said(
+    device: str, asked: bool, ranks: int, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "world", lambda: World(0, ranks))
+    parts: Any = SimpleNamespace(
+        store=SimpleNamespace(device=torch.device(device)),
+        recipe=SimpleNamespace(run=SimpleNamespace(capture=asked)),
+    )
+    assert left_uncaptured(parts).count("steps of several ranks are not captured") == said
+
+
+def test_a_run_says_once_why_it_is_not_captured(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "left_uncaptured", lambda parts: "not captured, on purpose")
+    fail_at(monkeypatch, lambda attempt, step: attempt == 0 and step in (4, 5))
+    pretrain(recipe(device="cpu", epochs=3), None)
+    said = capsys.readouterr().err
+    assert said.count("not captured, on purpose") == 1 and "attempt 1" in said
 
 
 def test_short_memory_takes_what_graphs_hold_first(
