@@ -48,6 +48,14 @@ class Gone(Interrupted):
     """Another process of the same run has ended."""
 
 
+class Followed(FastidmmError):
+    """Another rank has told of an error and ended; this one ends with the same status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("another rank has ended the run.")
+        self.status = status
+
+
 def unwritable(problem: OSError, where: str | Path, *, num_bytes: int = 0) -> FastidmmError | None:
     """A disk's refusal as one sentence, with the bytes needed where known; None: no disk's."""
     if problem.errno not in (*FULL, *LOCKED, errno.EIO):

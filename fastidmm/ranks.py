@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fastidmm.errors import FastidmmError, Gone
+from fastidmm.errors import FastidmmError, Followed, Gone
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # with ranks that neither answer nor end: the first may evaluate
@@ -117,7 +117,7 @@ class World:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Have a rank that has ended named, where a message to it fails."""
+        """Have a rank that has ended named where a message fails; follow one that told why."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -127,6 +127,8 @@ class World:
             while time.monotonic() < until:
                 if ended := self._ended():
                     raise Gone(f"{' and '.join(f'rank {r}' for r in ended)} ended") from None
+                if left := self._left():
+                    raise Followed(left[0]) from None
                 time.sleep(0.1)
             if any(host != socket.gethostname() for host, _ in self.people):
                 raise Gone("a rank of another machine ended, or its network did") from None
@@ -144,12 +146,19 @@ class World:
             return [rank for rank in gone if not self.store.check([f"left {rank}"])]
         return gone
 
-    def speaks(self) -> bool:
+    def _left(self) -> list[int]:
+        """With which statuses others left by themselves."""
+        with suppress(RuntimeError):
+            names = [f"left {rank}" for rank in range(self.size)]
+            return [int(self.store.get(name)) for name in names if self.store.check([name])]
+        return []
+
+    def speaks(self, status: int) -> bool:
         """Whether this rank is the one that tells of an error: one sentence is enough."""
         if not self.first:
             time.sleep(HEAD_START)  # what every rank meets the first one says
         try:
-            self.store.set(f"left {self.rank}", "")
+            self.store.set(f"left {self.rank}", str(status))
             return bool(self.store.add("leaving", 1) == 1)
         except RuntimeError:
             return True
@@ -315,7 +324,7 @@ def joined() -> Iterator[None]:
             yield
             _here.meet()  # who leaves early would be missed
     except FastidmmError as problem:
-        if _here.speaks():
+        if _here.speaks(problem.status):
             raise
         raise SystemExit(problem.status) from None
     finally:

@@ -67,14 +67,23 @@ def train(record: Record) -> dict[str, float]:
             return outlook.told
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
-            "the GPU's memory cannot hold a step: lower --resolution or --batch-size, or close "
-            "what else runs there."
+            "the GPU's memory cannot hold a step: lower --resolution or --batch-size"
+            f"{smaller_parts(parts)}, or close what else runs there."
         ) from None
     except Gone as problem:
         at = f"at step {parts.state.step + 1}" if parts else "before the first step"
         raise Gone(
             f"{problem} {at}; `fastidmm resume {record.folder}` goes on from the last checkpoint."
         ) from None
+
+
+def smaller_parts(parts: Parts | None) -> str:
+    """What else to lower, where ranks could not cut a batch in the middle of a pass."""
+    if parts is None or world().size == 1 or parts.method.rows_independent:
+        return ""
+    if not parts.method.can_be_cut():
+        return ""
+    return f", begin with --set run.micro_batches={2 * parts.state.micro_batches}"
 
 
 def course_of(parts: Parts) -> Course:

@@ -12,9 +12,14 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 from forks import PRETRAIN, Bench, bench, start
 from ranks import SOON, Figures, ended, losses, ranks, said, trial
 
+from fastidmm.batch import Batch, Loss, Method
+from fastidmm.methods.idmm import IDMM
+from fastidmm.methods.simclr import SimCLR
+from fastidmm.ranks import world
 from fastidmm.record import Record
 from fastidmm.verify import verify
 
@@ -96,6 +101,35 @@ def test_what_every_rank_meets_is_said_once(work: Bench) -> None:
     words = said(place)
     assert words.count("fastidmm: unknown key optim.nothing") == 1 and words.count("\n") == 1
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "remedy"),
+    [
+        ("--method simclr", SimCLR, "--batch-size, begin with --set run.micro_batches=2, or"),
+        ("--set method.head=sharded", IDMM, "lower --resolution or --batch-size, or close"),
+    ],
+)
+def test_all_end_where_memory_ends_in_the_middle_of_a_pass(
+    work: Bench, monkeypatch: pytest.MonkeyPatch, words: str, method: type[Method], remedy: str
+) -> None:
+    """With the status of the rank that it ended on, and one sentence."""
+    forward = method.forward
+
+    def scarce(self: Method, batch: Batch) -> Loss:
+        if world().rank == 1 and batch.step == 3:
+            raise torch.OutOfMemoryError("on purpose")
+        return forward(self, batch)
+
+    monkeypatch.setattr(method, "forward", scarce)
+    place = fresh(work, f"short {method.__name__}")
+    children = ranks(2, f"{PRETRAIN} {words}", place)
+    until_step(place / "runs" / "run", 3)
+    began = time.monotonic()
+    assert ended(children) == [5, 5] and time.monotonic() - began < SOON
+    told = said(place)
+    assert told.count("fastidmm: the GPU's memory cannot hold a step") == 1 and remedy in told, told
+    assert "Traceback" not in told and told.count("fastidmm: ") == 1
 
 
 @pytest.mark.slow
