@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
@@ -265,6 +265,27 @@ def test_workers_need_shared_memory_and_may_be_killed(
         with pytest.raises(OutOfMemoryError, match=r"was killed .*: lower loader\.workers"):
             for _ in range(20):
                 next(batches)
+
+
+@pytest.mark.parametrize(
+    "death", [RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError]
+)
+def test_a_worker_dies_while_it_hands_a_batch_over(
+    death: type[Exception], photographs: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch and multiprocessing raise depends on the moment, the sentence does not."""
+
+    def dies(*_: object, **__: object) -> Generator[None]:
+        raise death
+        yield
+
+    monkeypatch.setattr("fastidmm.loaders.torch.DataLoader", dies)
+    loader = made(find("loader", "torch"), photographs)
+    with (
+        closing(loader.batches(0)) as batches,
+        pytest.raises(OutOfMemoryError, match=r"killed \(it is gone\): lower loader\.workers"),
+    ):
+        next(batches)
 
 
 def test_a_selection_is_gathered_with_its_own_numbers(photographs: Store) -> None:

@@ -35,6 +35,8 @@ from fastidmm.shares import share
 from fastidmm.store import Store
 
 AHEAD = 3  # batches of a worker: two that wait, one in the making
+# What a worker's death looks like: to DataLoader's watch, and where a batch was being handed over.
+DEATHS = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
 
 class TorchOptions(Options):
@@ -82,9 +84,10 @@ class Torch(Planned):
             for step in count(start_step):
                 try:
                     problem, crops = next(steps)
-                except RuntimeError as died:  # by the system, which has no more memory, as a rule
+                except DEATHS as died:  # by the system, which has no more memory, as a rule
                     raise OutOfMemoryError(
-                        f"a worker of --loader torch was killed ({died}): lower loader.workers, "
+                        "a worker of --loader torch was killed "
+                        f"({str(died) or 'it is gone'}): lower loader.workers, "
                         "then `fastidmm resume` goes on."
                     ) from None
                 if problem:
