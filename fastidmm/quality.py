@@ -80,8 +80,11 @@ def two_crops(
         store = store.gathered(rows)
         own = torch.arange(len(rows), device=device)
         plans = (replace(plan, crops=replace(plan.crops, rows=own)) for plan in plans)
-    with evaluating(backbone), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        one, other = (backbone(views(store, plan, group, dtype)).float() for plan in plans)
+    with evaluating(backbone):
+        crops = [views(store, plan, group, dtype) for plan in plans]
+        # Around the backbone only: what makes views by products would make them in half precision.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            one, other = (backbone(each).float() for each in crops)
     return one, other
 
 
