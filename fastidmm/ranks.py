@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fastidmm.errors import FastidmmError, Followed, Gone
+from fastidmm.pulse import EVERY, LOOKS, Pulse, machine, own_store, sign
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # with ranks that neither answer nor end: the first may evaluate
+PATIENCE = timedelta(hours=1)  # with ranks that give signs and no answer: the first may evaluate
 NOTICED = 10.0  # seconds in which the end of a process is seen by others
 HEAD_START = 0.5  # seconds
 BUCKET = 1 << 23  # numbers that travel together
@@ -126,17 +127,17 @@ class World:
             until = time.monotonic() + NOTICED
             while time.monotonic() < until:
                 if ended := self._ended():
-                    raise Gone(f"{' and '.join(f'rank {r}' for r in ended)} ended") from None
+                    raise Gone(" and ".join(self._fate(rank) for rank in ended)) from None
                 if left := self._left():
                     raise Followed(left[0]) from None
                 time.sleep(0.1)
-            if any(host != socket.gethostname() for host, _ in self.people):
+            if any(host != machine() for host, _ in self.people):
                 raise Gone("a rank of another machine ended, or its network did") from None
             raise problem
 
     def _ended(self) -> list[int]:
         """Ranks of this machine whose processes are gone, but for those that left by themselves."""
-        here = socket.gethostname()
+        here = machine()
         gone = [
             rank
             for rank, (host, process) in enumerate(self.people)
@@ -145,6 +146,12 @@ class World:
         with suppress(RuntimeError):  # the store may be gone with the first rank
             return [rank for rank in gone if not self.store.check([f"left {rank}"])]
         return gone
+
+    def _fate(self, rank: int) -> str:
+        with suppress(RuntimeError):
+            if self.store.check([f"silent {rank}"]):
+                return f"rank {rank} gave no sign for {EVERY * LOOKS:.0f} s and was ended"
+        return f"rank {rank} ended"
 
     def _left(self) -> list[int]:
         """With which statuses others left by themselves."""
@@ -302,7 +309,8 @@ def joined() -> Iterator[None]:
         return
     store, rank, size = next(rendezvous("env://"))
     # torchrun's store may hold where ranks that are gone could be reached.
-    store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
+    part = f"attempt {restarts()}"
+    store = dist.PrefixStore(part, store)  # type: ignore[attr-defined]
     both = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if both else "gloo",
@@ -311,10 +319,14 @@ def joined() -> Iterator[None]:
         world_size=size,
         timeout=PATIENCE,
     )
-    store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
-    told = [store.get(f"process {each}").decode().rsplit(" ", 1) for each in range(size)]
+    words = own_store(part)
+    words.set(sign(rank), "")
+    words.set(f"process {rank}", f"{machine()} {os.getpid()}")
+    told = [words.get(f"process {each}").decode().rsplit(" ", 1) for each in range(size)]
     people = tuple((host, int(process)) for host, process in told)
-    _here = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store, people)
+    _here = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), words, people)
+    pulse = Pulse(own_store(part), rank, people)
+    pulse.start()
     try:
         with ExitStack() as silent:
             if rank:
@@ -328,5 +340,6 @@ def joined() -> Iterator[None]:
             raise
         raise SystemExit(problem.status) from None
     finally:
+        pulse.stop()
         _here = World()
     dist.destroy_process_group()

@@ -16,6 +16,8 @@ import torch
 from forks import PRETRAIN, Bench, bench, start
 from ranks import SOON, Figures, ended, losses, ranks, said, trial
 
+from fastidmm import pulse
+from fastidmm import ranks as module
 from fastidmm.batch import Batch, Loss, Method
 from fastidmm.methods.idmm import IDMM
 from fastidmm.methods.simclr import SimCLR
@@ -93,6 +95,46 @@ def test_all_end_where_one_is_killed(work: Bench, dead: int) -> None:
     assert words.count(f"fastidmm: rank {dead} ended at step ") == 1, words
     assert "Traceback" not in words and "`fastidmm resume runs/run` goes on" in words
     assert forks.unreadable(run) == 0
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_all_end_where_one_is_stopped_and_gives_no_sign(
+    work: Bench, monkeypatch: pytest.MonkeyPatch, frozen: int
+) -> None:
+    """It is ended by another, and then as if it had been killed: named, with the step."""
+    monkeypatch.setattr(pulse, "EVERY", 0.3)
+    monkeypatch.setattr(module, "EVERY", 0.3)
+    place = fresh(work, f"frozen {frozen}")
+    run = place / "runs" / "run"
+    children = ranks(2, PRETRAIN, place)
+    until_step(run, 3)
+    began = time.monotonic()
+    os.kill(children[frozen].pid, signal.SIGSTOP)
+    expected = [-signal.SIGKILL if rank == frozen else 75 for rank in range(2)]
+    assert ended(children) == expected and time.monotonic() - began < SOON
+    words = said(place)
+    named = f"fastidmm: rank {frozen} gave no sign for 3 s and was ended at step "
+    assert words.count(named) == 1 and words.count("fastidmm: ") == 1, words
+
+
+def test_a_rank_of_another_machine_is_missed_though_nobody_can_end_it(
+    work: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in (pulse, module):
+        monkeypatch.setattr(where, "EVERY", 0.2)
+        monkeypatch.setattr(where, "machine", lambda: f"host{os.environ['RANK']}/its own")
+    place = fresh(work, "elsewhere")
+    children = ranks(2, PRETRAIN, place)
+    until_step(place / "runs" / "run", 3)
+    os.kill(children[1].pid, signal.SIGSTOP)
+    assert children[0].status() == 75
+    assert said(place).endswith(
+        "fastidmm: rank 1 on host1 gives no sign; `fastidmm resume` goes on.\n"
+    )
+    os.kill(children[1].pid, signal.SIGKILL)
+    assert children[1].status() == -signal.SIGKILL
+    for child in children:
+        child.gone(5)
 
 
 def test_what_every_rank_meets_is_said_once(work: Bench) -> None:
