@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
     method, loader = assembled(name, backbone=backbone, num=3, batch_size=3, drop_path=0.0)
     batch = loader.batch(0)
-    optimizer = torch.optim.AdamW(method.param_groups(), lr=5e-4, fused=True)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=1e-4, fused=True)
     found = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -30,7 +30,9 @@ def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
         assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
         optimizer.step()
         found.append(loss.item())
-    assert all(map(math.isfinite, found)) and found[-1] < found[0], found
+    assert all(map(math.isfinite, found))
+    # The least of them: three images' contrast may be lost again by the very next step.
+    assert min(found) < 0.97 * found[0], found
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "idmm"])
