@@ -163,6 +163,7 @@ def main() -> None:
     known, result, part = parts(out, photos), dict[str, Any](), out / "part.json"
     for name in sys.argv[3:] or list(known):
         began = time.perf_counter()
+        part.unlink(missing_ok=True)  # of a go that was cut short
         words = [sys.executable, __file__, str(out), str(photos), "--one", name]
         with (out / "log.txt").open("a") as log:
             status = ended(words, log, known[name][0])
@@ -171,7 +172,6 @@ def main() -> None:
             "seconds": round(time.perf_counter() - began, 1),
             "found": json.loads(part.read_text()) if part.exists() else None,
         }
-        part.unlink(missing_ok=True)
         (out / "result.json").write_text(json.dumps(result, indent=2))
         print(name, json.dumps(result[name])[:1500], flush=True)
 
