@@ -24,11 +24,13 @@ from fastidmm.batch import Batch, Views
 from fastidmm.chance import Counters
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, OutOfMemoryError, UsageError
+from fastidmm.loaders import planned
 from fastidmm.loaders.files import Files
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import draw
 from fastidmm.preparing import beton
 from fastidmm.preparing.prepare import prepare
+from fastidmm.ranks import World
 from fastidmm.registry import LOADERS, find
 from fastidmm.store import Store, folder_of, open_store
 
@@ -127,6 +129,22 @@ def test_a_restart_gives_the_same_batches(make: Make) -> None:
     assert equal(first(make(), 1, 3)[0], found[3])
     loader.counters.attempt = 1
     assert not equal(first(loader, 1)[0], found[0])
+
+
+def test_ranks_share_the_one_batch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks read the photographs of their own shares, and make the crops of one process."""
+    whole = first(make(), 3)
+    for rank in range(2):
+        monkeypatch.setattr(planned, "world", partial(World, rank, 2))
+        for ours, batch in zip(first(make(), 3), whole, strict=True):
+            assert ours.shares == {7: (4, 3), 3: (2, 1)}[batch.num_images]
+            begin = 0
+            for mine, views in zip(ours.groups, batch.groups, strict=True):
+                at = mine.place - begin
+                begin += views.total
+                assert len(at) == views.total // batch.num_images * ours.shares[rank]
+                for name in ("pixels", "rows", "partners", "weights", "labels"):
+                    assert torch.equal(getattr(mine, name), getattr(views, name)[at]), name
 
 
 def test_every_row_comes_once_an_epoch(make: Make) -> None:

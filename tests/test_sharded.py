@@ -25,6 +25,7 @@ CASES: dict[str, tuple[int, int, int, float]] = {
     "all targets on one rank": (6, 4, 9, 0.1),
     "all smooth": (5, 3, 2, 1.0),
     "wide logits": (6, 8, 10, 0.1),
+    "ImageNet": (6, 4, 1_281_167, 0.1),
 }
 Given = tuple[Tensor, nn.Linear, tuple[Tensor, ...]]
 
