@@ -15,7 +15,7 @@ from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
 from fastidmm.cli_report import report
 from fastidmm.cli_runs import app as runs
-from fastidmm.errors import FastidmmError, UsageError, unwritable
+from fastidmm.errors import UsageError, as_told
 from fastidmm.options import (
     BackboneOption,
     BatchOption,
@@ -361,20 +361,11 @@ def main() -> None:
     """The entry point: errors a user can mend become one sentence and an exit status."""
     try:
         app()
-    except FastidmmError as problem:
-        _stop(str(problem), problem.status)
-    except MemoryError:
-        _stop("this machine's memory is full: lower --batch-size, or --max-side when preparing.", 5)
-    except RuntimeError as problem:
-        # torch's own class, by name: torch is not imported here.
-        if type(problem).__name__ != "OutOfMemoryError":
+    except Exception as problem:
+        told = as_told(problem)
+        if told is None:
             raise
-        _stop("the GPU's memory is full: lower --resolution, or prepare with --max-side.", 5)
-    except OSError as problem:
-        refusal = unwritable(problem, problem.filename or "the disk")
-        if refusal is None:
-            raise
-        _stop(str(refusal), refusal.status)
+        _stop(str(told), told.status)
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -56,6 +56,24 @@ class Followed(FastidmmError):
         self.status = status
 
 
+def as_told(problem: Exception) -> FastidmmError | None:
+    """What a user is told of an error: itself where it is meant for one; None: a defect."""
+    if isinstance(problem, FastidmmError):
+        return problem
+    if isinstance(problem, MemoryError):
+        return OutOfMemoryError(
+            "this machine's memory is full: lower --batch-size, or --max-side when preparing."
+        )
+    # torch's own class, by name: torch is not imported here.
+    if type(problem).__name__ == "OutOfMemoryError":
+        return OutOfMemoryError(
+            "the GPU's memory is full: lower --resolution, or prepare with --max-side."
+        )
+    if isinstance(problem, OSError):
+        return unwritable(problem, problem.filename or "the disk")
+    return None
+
+
 def unwritable(problem: OSError, where: str | Path, *, num_bytes: int = 0) -> FastidmmError | None:
     """A disk's refusal as one sentence, with the bytes needed where known; None: no disk's."""
     if problem.errno not in (*FULL, *LOCKED, errno.EIO):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fastidmm.errors import FastidmmError, Followed, Gone
+from fastidmm.errors import Followed, Gone, as_told
 from fastidmm.pulse import EVERY, LOOKS, Pulse, machine, own_store, sign
 
 T = TypeVar("T")
@@ -165,8 +165,9 @@ class World:
         if not self.first:
             time.sleep(HEAD_START)  # what every rank meets the first one says
         try:
+            first = bool(self.store.add("leaving", 1) == 1)  # before anyone follows
             self.store.set(f"left {self.rank}", str(status))
-            return bool(self.store.add("leaving", 1) == 1)
+            return first
         except RuntimeError:
             return True
 
@@ -335,10 +336,11 @@ def joined() -> Iterator[None]:
                 silent.enter_context(redirect_stderr(nowhere))
             yield
             _here.meet()  # who leaves early would be missed
-    except FastidmmError as problem:
-        if _here.speaks(problem.status):
+    except Exception as problem:
+        meant = as_told(problem)
+        if meant is None or _here.speaks(meant.status):
             raise
-        raise SystemExit(problem.status) from None
+        raise SystemExit(meant.status) from None
     finally:
         pulse.stop()
         _here = World()

@@ -12,7 +12,7 @@ from fastidmm.assemble import build_method, initialise, training_rows
 from fastidmm.backbones.build import backbone
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import DataError, Followed, UsageError
 from fastidmm.evaluate import Score
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
@@ -81,7 +81,7 @@ def _trained(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, 
     record = Record(Path(world().tell(lambda: _placed(folder, recipe, named=named))))
     try:
         told = train(record)
-    except (UsageError, DataError):
+    except (UsageError, DataError, Followed):
         # What never began would be in the way.
         if not record.checkpoints.exists() and world().first:
             shutil.rmtree(record.folder)

@@ -1,5 +1,6 @@
 """Runs by several ranks: on with another number, stopped, killed, and what each says."""
 
+import errno
 import json
 import os
 import random
@@ -16,13 +17,13 @@ import torch
 from forks import PRETRAIN, Bench, bench, start
 from ranks import SOON, Figures, ended, losses, ranks, said, trial
 
-from fastidmm import pulse
+from fastidmm import checkpoint, pulse
 from fastidmm import ranks as module
 from fastidmm.batch import Batch, Loss, Method
 from fastidmm.methods.idmm import IDMM
 from fastidmm.methods.simclr import SimCLR
 from fastidmm.ranks import world
-from fastidmm.record import Record
+from fastidmm.record import METRICS, Record
 from fastidmm.verify import verify
 
 
@@ -35,7 +36,9 @@ def work() -> Iterator[Bench]:
 
 def until_step(folder: Path, step: int) -> None:
     """Wait until a run has told of that step."""
+    until = time.monotonic() + forks.LOST
     while not forks.steps_told(folder) >= step:
+        assert time.monotonic() < until, said(folder.parent.parent)
         time.sleep(0.02)
 
 
@@ -172,6 +175,25 @@ def test_all_end_where_memory_ends_in_the_middle_of_a_pass(
     told = said(place)
     assert told.count("fastidmm: the GPU's memory cannot hold a step") == 1 and remedy in told, told
     assert "Traceback" not in told and told.count("fastidmm: ") == 1
+
+
+def test_all_end_with_the_status_of_a_full_disk(
+    work: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the first rank alone meets, where it keeps metric lines; one sentence, of the disk."""
+    sync = checkpoint.sync
+
+    def full(path: Path) -> None:
+        if path.name == METRICS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    place = fresh(work, "full")
+    assert ended(ranks(2, PRETRAIN, place)) == [3, 3]
+    words = said(place)
+    assert words.count("fastidmm: ") == 1 and "free some space" in words, words
+    assert "Traceback" not in words and forks.unreadable(place / "runs" / "run") == 0
 
 
 @pytest.mark.slow
