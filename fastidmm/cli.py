@@ -47,6 +47,7 @@ from fastidmm.options import (
     recipe_settings,
 )
 
+HARDLY = 0.1  # of the images: a run that has learnt to tell so few apart has only begun
 HELP = "Train vision transformers when all you have is a few thousand images."
 
 app = typer.Typer(
@@ -153,7 +154,7 @@ def pretrain(
         log=log,
     )  # fmt: skip
     found = stages.pretrain(recipe_of(recipe, settings, assignments), run)
-    answer(found, as_json, lambda: _finished(found, "fastidmm finetune"))
+    answer(found, as_json, lambda: _finished(found, *stages.following(Path(found["run"]))))
 
 
 @app.command()
@@ -276,7 +277,7 @@ def resume(
 
     folder = chosen_run(named or run)
     found = stages.resume(folder)
-    lines = [_finished(stage, "") for stage in found]
+    lines = [_finished(stage) for stage in found]
     lines += [f"next: {command}" for command in remaining(folder)]
     answer(found, as_json, "\n".join(lines))
 
@@ -337,12 +338,12 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(UsageError.status)
 
 
-def _finished(found: dict[str, Any], following: str) -> str:
+def _finished(found: dict[str, Any], *following: str) -> str:
+    """What came of a stage, what may do better, and what to type next."""
     from fastidmm.evaluate import Score
-    from fastidmm.progress import SHOWN
+    from fastidmm.progress import spoken
 
-    shown = {k: found[k] for k in SHOWN if isinstance(found.get(k), float)}
-    numbers = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in shown.items()]
+    numbers = spoken(found)
     for split in ("holdout", "test"):
         if last := found.get(f"{split}_top1"):
             numbers.append(f"{split} top1 {Score(last['correct'], last['num'])}")
@@ -354,7 +355,12 @@ def _finished(found: dict[str, Any], following: str) -> str:
     if rises := found.get("knn_top1_rises"):
         longer = f"--epochs {2 * found['epochs']} may do better"
         lines.append(f"knn top1 still rises {100 * rises:.1f} points per 100 epochs: {longer}")
-    return "\n".join([*lines, *([f"next: {following}"] if following else [])])
+    if (known := found.get("instance_top1", 1.0)) < HARDLY:
+        lines.append(
+            f"few images are told apart yet (instance top1 {100 * known:.1f} %): more steps, by "
+            f"--epochs {2 * found['epochs']} or a smaller --batch-size, may do better"
+        )
+    return "\n".join([*lines, *(f"next: {command}" for command in following)])
 
 
 def main() -> None:

@@ -26,6 +26,9 @@ from fastidmm.options import (
     recipe_settings,
 )
 
+HOUR = 3600.0
+SMALL = "--backbone vit_micro --resolution 48 --epochs 20"
+
 
 def plan(
     dataset: DatasetOption = None,
@@ -53,6 +56,7 @@ def plan(
     Example: fastidmm plan --dataset mine --price 2.50
     """
     from fastidmm.forecast import table, total
+    from fastidmm.machine import device_of
     from fastidmm.trial import forecasts
 
     settings = recipe_settings(
@@ -68,6 +72,9 @@ def plan(
         for each in found
         if each.short
     ]
+    # Who has no GPU may not know what is no run of weeks.
+    if device_of(asked.run.device).type == "cpu" and total(found).seconds > HOUR:
+        lines.append(f"a run of minutes on a CPU: {SMALL}")
     stages = [each.as_dict(price) for each in found]
     told = {
         "dataset": asked.run.dataset,

@@ -12,7 +12,7 @@ from fastidmm.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (
     b"fastidmm: stopped; `fastidmm resume` goes on with a run that has begun, the same command "
-    b"begins one that has not.\n"
+    b"begins all else anew.\n"
 )
 
 

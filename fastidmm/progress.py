@@ -16,6 +16,7 @@ SHOWN = (
     "loss", "instance_top1", "contrast_top1", "teacher_entropy", "train_top1", "knn_top1",
     "holdout_top1", "test_top1",
 )  # fmt: skip
+LABEL_FREE = ("retrieval_top1", "rankme")  # shown as well where there is no kNN
 SECONDS_BETWEEN = {"lines": 60.0, "blocks": 0.1}
 
 
@@ -44,7 +45,7 @@ class Progress:
         """Take in a metric line, and show it where it is time to; warn where nothing is learnt."""
         for sentence in self.watch.see(line):
             say(sentence)
-        self.kept.update({key: line[key] for key in SHOWN if line.get(key) is not None})
+        self.kept.update({key: value for key, value in line.items() if value is not None})
         now = time.perf_counter()
         self.pace.passed(line["step"], now)
         where = (
@@ -52,8 +53,8 @@ class Progress:
             f"step {line['step']}/{self.steps}",
             f"{self.pace} left",
         )
-        figures = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in self.kept.items()]
-        figures += [
+        figures = [
+            *spoken(self.kept),
             f"{line['images_per_second']:.0f} images/s",
             f"data-wait {100 * line['data_wait']:.0f} %",
             *_gpu_memory(),
@@ -126,6 +127,13 @@ class Pace:
     def __str__(self) -> str:
         mean, low, high = map(_clock, self.seconds)
         return f"{mean} ({low} to {high})" if low != high else mean
+
+
+def spoken(found: dict[str, Any]) -> list[str]:
+    """The numbers to show of a metric line, in words: `loss 3.210`."""
+    keys = SHOWN if "knn_top1" in found else (*SHOWN, *LABEL_FREE)
+    shown = {key: found[key] for key in keys if isinstance(found.get(key), float)}
+    return [f"{key.replace('_', ' ')} {value:.3f}" for key, value in shown.items()]
 
 
 def _gpu_memory() -> list[str]:

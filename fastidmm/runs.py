@@ -5,6 +5,7 @@ from typing import Any
 
 from fastidmm.compare import Compared
 from fastidmm.errors import FastidmmError, UsageError
+from fastidmm.progress import LABEL_FREE
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, all_runs, stages
 from fastidmm.stages import summary
@@ -21,7 +22,7 @@ def _row(folder: Path) -> dict[str, Any]:
         record = Record(folder)
         run, made, total = record.recipe.run, record.steps, record.total_steps
         state = "finished" if record.finished else f"step {made:,} of {total:,}"
-        kept = [line for line in record.metrics() if "knn_top1" in line]
+        looks = [line for line in record.metrics() if "rankme" in line]
         compared = Compared.of(folder)
     except FastidmmError as problem:
         return {"run": folder.name, "state": f"broken: {problem}"}
@@ -33,7 +34,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "method": run.method,
         "epochs": run.epochs,
         "state": state,
-        "knn_top1": kept[-1]["knn_top1"] if kept else None,
+        **{key: looks[-1].get(key) if looks else None for key in ("knn_top1", *LABEL_FREE)},
         "finetuned": {name: score.as_dict() for name, score in tuned.items()},
         "seconds": round(compared.seconds, 1),
     }
@@ -86,7 +87,17 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """Runs below one another."""
     if not rows:
         return "no runs in ./runs yet: begin with `fastidmm pretrain`"
-    head = ["run", "dataset", "backbone", "method", "epochs", "state", "knn", "fine-tuned", "time"]
+    head = [
+        "run",
+        "dataset",
+        "backbone",
+        "method",
+        "epochs",
+        "state",
+        "features",
+        "fine-tuned",
+        "time",
+    ]
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(head))]
     return "\n".join(
@@ -98,12 +109,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if "dataset" not in row:
         return [row["run"], row["state"]]
     scores = [f"{100 * score['value']:.1f} % {_side(n)}" for n, score in row["finetuned"].items()]
-    known = row["knn_top1"]
     return [
         row["run"], row["dataset"], row["backbone"], row["method"], str(row["epochs"]),
-        row["state"], "-" if known is None else f"{100 * known:.1f} %",
+        row["state"], _features(row),
         ", ".join(scores) or "-", f"{row['seconds'] / 60:.1f} min",
     ]  # fmt: skip
+
+
+def _features(row: dict[str, Any]) -> str:
+    """What tells most of a backbone not fine-tuned: kNN, without labels retrieval."""
+    for key in ("knn_top1", "retrieval_top1"):
+        if row[key] is not None:
+            return f"{key.removesuffix('_top1')} {100 * row[key]:.1f} %"
+    return "-"
 
 
 def _side(name: str) -> str:

@@ -16,7 +16,7 @@ from fastidmm.errors import DataError, Followed, UsageError
 from fastidmm.evaluate import Score
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
-from fastidmm.progress import SHOWN, say
+from fastidmm.progress import LABEL_FREE, SHOWN, say
 from fastidmm.quality import rising
 from fastidmm.ranks import launched, restarts, world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
@@ -51,6 +51,13 @@ def begun(folder: Path, recipe: Recipe) -> Record:
     method = build_method(recipe, store, Counters(recipe.run.seed))
     initialise(method, folder, recipe)
     return Record.create(folder, recipe, store)
+
+
+def following(run: Path) -> list[str]:
+    """What can be done with the newest run once it is pretrained: what needs labels, if it has."""
+    if training_rows(Record(run).recipe).learnable:
+        return ["fastidmm finetune"]
+    return ["fastidmm report", "fastidmm embed --from PHOTOS --out features.npz"]
 
 
 def gone_on_with(folder: Path, recipe: Recipe) -> bool:
@@ -225,7 +232,7 @@ def summary(record: Record) -> dict[str, Any]:
         "steps": record.steps,
         "seconds": round(record.state["seconds"], 1),
         "checkpoint": str(record.result),
-        **{key: last[key] for key in SHOWN if key in last},
+        **{key: last[key] for key in (*SHOWN, *LABEL_FREE) if key in last},
     }
     if recipe.run.method != "supervised":
         seen = [

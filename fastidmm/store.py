@@ -97,6 +97,11 @@ class Store:
         """How many classes the labels distinguish."""
         return len(self.class_names)
 
+    @property
+    def learnable(self) -> bool:
+        """Whether there are classes to tell apart, and every image has one."""
+        return self.labelled and self.num_classes > 1
+
     def image(self, row: int) -> Tensor:
         """One image as it lies in the store: (height, width, 3) uint8."""
         start, high, wide = int(self.offset[row]), int(self.height[row]), int(self.width[row])

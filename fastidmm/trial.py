@@ -135,7 +135,12 @@ def tried(folder: Path, recipe: Recipe) -> Tried:
     """Some steps of a stage, a checkpoint and a look, by the functions that train."""
     began = time.perf_counter()
     parts = assemble(begun(folder, recipe))
-    device = parts.store.device
+    run, device = recipe.run, parts.store.device
+    size = course_of(parts).batch
+    say(
+        f"{run.method} at {run.resolution} px: {WARM_UP + FEWEST} to {MOST_STEPS} steps of "
+        f"{size} images are tried"
+    )
     parts.method.train()
     width = parts.method.backbone.num_features
     assert isinstance(width, int)

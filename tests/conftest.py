@@ -83,3 +83,15 @@ def toy(home: Path, tmp_path: Path) -> str:
     make_photos(tmp_path / "photos" / "test", per_class=4)
     prepare(Folder().open(from_=tmp_path / "photos", seed=0), "toy", workers=0, quiet=True)
     return "toy"
+
+
+@pytest.fixture
+def bare(home: Path, tmp_path: Path) -> str:
+    """A prepared dataset of 20 photographs without labels."""
+    from fastidmm.datasets.folder import Folder
+    from fastidmm.preparing.prepare import prepare
+
+    place = make_photos(tmp_path / "bare", per_class=20, classes=1)
+    (place / "class0").rename(tmp_path / "flat")
+    prepare(Folder().open(from_=tmp_path / "flat", seed=0), "bare", workers=0, quiet=True)
+    return "bare"

@@ -106,6 +106,24 @@ def test_from_photographs_to_a_report(typed: Type, home: Path, photos: MakePhoto
     assert status == 0 and out == "features.npz: 28 photographs, 128 features of each\n"
 
 
+def test_from_photographs_without_labels_to_features(typed: Type, bare: str) -> None:
+    status, out, _ = typed("pretrain", *TINY)
+    assert status == 0 and "finetune" not in out
+    told, few, *following = out.splitlines()
+    assert re.search(r", retrieval top1 \d\.\d{3}, rankme \d+\.\d{3}$", told)
+    assert "few images are told apart yet" in few and "--epochs 2 " in few
+    assert following == [
+        "next: fastidmm report",
+        "next: fastidmm embed --from PHOTOS --out features.npz",
+    ]
+    for line in following:
+        words = line.replace("PHOTOS", bare).split()
+        assert typed(*words[2:])[0] == 0
+    (row,) = json.loads(typed("runs", "list", "--json")[1])
+    assert row["knn_top1"] is None and row["rankme"] >= 1.0
+    assert f"retrieval {100 * row['retrieval_top1']:.1f} %" in typed("runs", "list")[1]
+
+
 def test_run_does_it_all(typed: Type, toy: str) -> None:
     words = ["--set", "finetune.resolution=16", "--set", "finetune.epochs=1"]
     words += ["--set", "finetune_high.epochs=1", "--set", "finetune_high.batch_size=8"]

@@ -2,7 +2,7 @@
 
 import json
 import math
-import shutil
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from test_cli import TINY, Type, sentence
 from test_cli import typed as typed
 from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, forecast, stages, train, trial
+from fastidmm import checkpoint, cli_plan, forecast, stages, train, trial
 from fastidmm.batch import Batch, Loss
 from fastidmm.capture import Captured
 from fastidmm.forecast import Costs, Course, Events, Forecast, Outlook, kept, spell, total
@@ -218,18 +218,20 @@ def test_plan_forecasts_every_stage_and_leaves_nothing(typed: Type, toy: str, br
     )
 
 
-def test_plan_of_photographs_without_labels(
-    typed: Type, home: Path, photos: Callable[..., Path], tmp_path: Path, brief: None
-) -> None:
-    place = photos(tmp_path / "photos", per_class=10, classes=1)
-    for path in (place / "class0").iterdir():
-        path.rename(place / path.name)
-    shutil.rmtree(place / "class0")
-    assert typed("prepare", "--dataset", "folder", "--from", place, "--name", "bare")[0] == 0
+def test_plan_of_photographs_without_labels(typed: Type, bare: str, brief: None) -> None:
     status, out, err = typed("plan", *TINY)
     assert status == 0 and "only pretraining is forecast: the images of 'bare' have no" in err
+    assert "idmm at 16 px: 5 to 60 steps of 8 images are tried" in err
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["pretrain", "total"]
     assert not Path("runs").exists() and not list(Path().glob(".plan*"))
+
+
+def test_plan_of_a_long_run_on_a_cpu_names_a_short_one(
+    typed: Type, bare: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = typed("plan", *TINY, "--epochs", 10**6)
+    assert out.splitlines()[-1] == f"a run of minutes on a CPU: {cli_plan.SMALL}"
+    assert typed("plan", *TINY, *shlex.split(cli_plan.SMALL), "--json")[0] == 0
 
 
 def test_wrong_uses_of_plan(typed: Type, toy: str) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastidmm.progress import Pace, Progress, say
+from fastidmm.progress import Pace, Progress, say, spoken
 from fastidmm.watch import Watch
 
 LINE = {"epoch": 1, "loss": 3.0, "knn_top1": 0.25, "images_per_second": 99.6, "data_wait": 0.031}
@@ -100,6 +100,13 @@ def test_elsewhere_a_line_a_minute_and_the_last(
         "pretrain: epoch 1/2  step 10/10  0:00 left  "
         "loss 3.000  knn top1 0.250  100 images/s  data-wait 3 %",
     ]
+
+
+def test_without_labels_the_line_tells_what_needs_none() -> None:
+    line = {"epoch": 1, "loss": 3.0, "retrieval_top1": 0.5, "rankme": 12.34, "spread": 0.9}
+    assert spoken(line) == ["loss 3.000", "retrieval top1 0.500", "rankme 12.340"]
+    assert spoken(line | {"knn_top1": 0.25}) == ["loss 3.000", "knn top1 0.250"]
+    assert spoken({"loss": None, "rankme": None}) == []
 
 
 def test_what_is_left_has_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:

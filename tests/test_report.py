@@ -317,6 +317,10 @@ def test_images_without_labels_have_curves_and_pictures(home: Path) -> None:
     assert "kNN" not in text(page) and "fastidmm evaluate" not in text(page)
     assert 'class="scores"' not in page and "Where it errs" not in page
     assert "Fine-tuning" not in page and "of another class" not in page
+    first, _ = page.split("More curves")
+    for title in ("Retrieval: crops that", "RankMe: dir", "Uniformity: 0", "Alignment: two"):
+        assert title in first and page.count(f"<title>{title}") == 1
+    assert "retrieval and RankMe are better high" in text(first)
     assert len(pictures(page)) == NUM_IMAGES * 7
 
 

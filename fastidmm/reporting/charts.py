@@ -23,12 +23,16 @@ TUNED_CURVES = {
     "holdout_top1": ("Fine-tuning: top-1 on held-out images", " %"),
     "test_top1": ("Fine-tuning: top-1 on test images", " %"),
 }
-MORE_CURVES = {
-    "spread": ("Features about their mean, share of their length", " %"),
+# Of features, without labels: the first to look at where there are none.
+LABEL_FREE_CURVES = {
+    "retrieval_top1": ("Retrieval: crops that find the other of their image", " %"),
     "rankme": ("RankMe: directions that features use", ""),
     "uniformity": ("Uniformity: 0 when all features are alike, to about -4", ""),
     "alignment": ("Alignment: two crops' distance, 0 when alike, to 4", ""),
-    "retrieval_top1": ("Retrieval: crops that find the other of their image", " %"),
+}
+MORE_CURVES = {
+    **LABEL_FREE_CURVES,
+    "spread": ("Features about their mean, share of their length", " %"),
     "grad_norm": ("Norm of the gradients", ""),
     "lr": ("Learning rate", ""),
     "images_per_second": ("Images per second", ""),
@@ -46,9 +50,10 @@ class Charts:
 
 
 def charts(run: Stage, tuned: Sequence[Stage], *, learnable: bool) -> Charts:
-    """Every curve there are points for; without classes kNN says nothing."""
+    """Every curve there are points for; without classes kNN says nothing, and others come first."""
     found = Charts([], [])
-    for known, sources, kind in ((CURVES, [run], ""), (TUNED_CURVES, tuned, "Fine-tuning: ")):
+    first = CURVES if learnable else CURVES | LABEL_FREE_CURVES
+    for known, sources, kind in ((first, [run], ""), (TUNED_CURVES, tuned, "Fine-tuning: ")):
         keys = dict.fromkeys([*known, *MORE_CURVES, *_keys(sources)])
         for key in keys:
             if key == "knn_top1" and (not learnable or key not in known):

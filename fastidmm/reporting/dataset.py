@@ -37,12 +37,11 @@ def data_of(stage: Stage) -> Data:
         # Only where there are labels is kNN among the metrics.
         labelled = any("knn_top1" in line for line in stage.lines)
         return Data(None, str(problem), learnable=labelled, scorable=labelled)
-    learnable = store.labelled and store.num_classes > 1
-    scorable = learnable and has_test and bool((labels >= 0).all())
+    scorable = store.learnable and has_test and bool((labels >= 0).all())
     return Data(
         store,
         problem="",
-        learnable=learnable,
+        learnable=store.learnable,
         scorable=scorable,
         source=described.get("source", {}).get("description", ""),
         num_test=len(labels),
