@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from fastidmm.store import Store, check_name
 PUBLISHED = "timm"  # the weights that `fastidmm prepare --weights` fetched, as `run.init`
 SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
+LOCK = ".lock"
+GLANCE = 0.05  # seconds, more than another process takes to look whether a run is being trained
 MINUTE = 60.0
 ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
 
@@ -177,13 +179,36 @@ class Record:
         if not self._writes:
             yield
             return
-        with (self.folder / ".lock").open("w") as lock:
+        with (self.folder / LOCK).open("w") as lock:
+            if not (_locked(lock) or _locked(lock, after=GLANCE)):
+                raise UsageError(f"{self.folder} is being trained by another process.")
+            _held.add(self.folder.resolve())
             try:
-                # Not flock, which a loader's workers would go on holding when this is killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.folder} is being trained by another process.") from None
-            yield
+                yield
+            finally:
+                _held.discard(self.folder.resolve())
+
+    @property
+    def running(self) -> bool:
+        """Whether another process trains it at this moment."""
+        if self.folder.resolve() in _held:
+            return False  # and to close its lock's file once more would give up the lock
+        try:
+            with (self.folder / LOCK).open("rb") as lock:
+                return not _locked(lock, kind=fcntl.LOCK_SH)
+        except OSError:  # none yet; or a disk without locks
+            return False
+
+    @property
+    def unfinished(self) -> str:
+        """What to say, and to do, where it should be finished and is not."""
+        run = self.folder.parent if (self.folder.parent / RECIPE).exists() else self.folder
+        if self.running:
+            return (
+                f"{self.folder} is still being trained: wait for its end; "
+                f"`fastidmm report --watch --run {run}` shows how far it is."
+            )
+        return f"{self.folder} is not finished: `fastidmm resume {run}` goes on with it."
 
     def metrics(self) -> list[dict[str, Any]]:
         """All metric lines written so far, but for what a kill, a power cut or damage broke."""
@@ -262,6 +287,20 @@ class Record:
             checkpoint.sync(aside)
             aside.replace(self.folder / METRICS)
             checkpoint.sync(self.folder)
+
+
+_held: set[Path] = set()  # folders that this process has locked
+
+
+def _locked(lock: IO[Any], *, kind: int = fcntl.LOCK_EX, after: float = 0.0) -> bool:
+    """Lock an open file, unless another process has."""
+    time.sleep(after)
+    try:
+        # Not flock, which a loader's workers would go on holding when this is killed.
+        fcntl.lockf(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _hash(data: bytes) -> str:

@@ -22,6 +22,7 @@ def _row(folder: Path) -> dict[str, Any]:
         record = Record(folder)
         run, made, total = record.recipe.run, record.steps, record.total_steps
         state = "finished" if record.finished else f"step {made:,} of {total:,}"
+        state += ", goes on" if record.running else ""
         looks = [line for line in record.metrics() if "rankme" in line]
         compared = Compared.of(folder)
     except FastidmmError as problem:

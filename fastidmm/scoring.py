@@ -40,7 +40,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         stage = Record(folder)
         stage.check()
         if not stage.finished:
-            say(f"{folder} is not finished and not scored: `fastidmm resume {run}` goes on.")
+            say(f"not scored: {stage.unfinished}")
             continue
         key = f"finetuned_{stage.resolution}"
         scores["pretrained" if stage.pretrained else "random"][key] = stage_scores(stage, test)

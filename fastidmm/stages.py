@@ -117,7 +117,7 @@ def finetune(
             "the stage's own keys, such as run.batch_size, optim.lr or method.mix."
         )
     if pretrained and not parent.finished:
-        raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
+        raise UsageError(parent.unfinished)
     resolution = asked.get("resolution") or parent.recipe.finetune.resolution
     if not isinstance(resolution, int):
         raise UsageError(f"run.resolution = {resolution!r}: give pixels, such as 448.")
@@ -137,7 +137,7 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     parent = Record(run)
     parent.check()
     if not parent.finished:
-        raise UsageError(f"{run} is not finished: `fastidmm resume {run}` goes on with it.")
+        raise UsageError(parent.unfinished)
     tables = finetune_tables(parent, pretrained=True)
     del tables["loader"], tables["run"]["loader"], tables["run"]["num_images"]  # the other's size
     tables = with_settings(tables, settings, assignments)
@@ -169,9 +169,7 @@ def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record 
     newest = below[-1]
     newest.check()
     if not newest.finished:
-        raise UsageError(
-            f"{newest.folder} is not finished: `fastidmm resume {parent.folder}` goes on."
-        )
+        raise UsageError(newest.unfinished)
     return newest
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, scoring, stages
+from fastidmm import checkpoint, record, runs, scoring, stages
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.datasets.folder import Folder
@@ -22,6 +22,7 @@ from fastidmm.optim import Scaler
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
 from fastidmm.record import METRICS, Record
+from fastidmm.reporting.report import remaining, write
 
 STEPS = 9  # 20 images in batches of 8: 8, 8, 4; three epochs
 GOLDEN = Path(__file__).parent / "golden"
@@ -287,9 +288,30 @@ def test_an_unfinished_run_is_neither_fine_tuned_nor_trained_twice(
         time.sleep(0.01)
     with pytest.raises(UsageError, match="trained by another process"):
         stages.resume(run)
+    with pytest.raises(UsageError, match=f"still being trained.*--watch --run {run}`"):
+        stages.finetune(run, {"run.resolution": 16, "run.epochs": 1}, [])
+    seen = write(run).read_text()
+    assert "and goes on</li>" in seen and "fastidmm resume" not in seen
+    assert remaining(run)[0].startswith("fastidmm finetune")
+    assert runs.listed()[0]["state"] == "step 3 of 9, goes on"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert stages.resume(run)[0]["steps"] == STEPS  # the lock went with its holder
+    assert not Record(run).running  # the lock went with its holder
+    assert stages.resume(run)[0]["steps"] == STEPS
+
+
+@FORKS
+def test_looking_at_a_run_does_not_give_up_its_lock(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(monkeypatch)
+    with Record(run).locked():
+        assert not Record(run).running  # by another process, that is
+        child = os.fork()
+        if child == 0:
+            record._held.clear()
+            os._exit(Record(run).running)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_an_unfinished_stage_is_not_scored(
@@ -301,7 +323,7 @@ def test_an_unfinished_stage_is_not_scored(
         kill_before_update(patch, 4)
         stages.finetune(Path("runs/run"), settings, [])
     assert "finetuned_16" not in scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]
-    assert "finetune-16 is not finished and not scored" in capsys.readouterr().err
+    assert "not scored: runs/run/finetune-16 is not finished" in capsys.readouterr().err
     tuned = stages.resume(Path("runs/run"))[1]
     scored = scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]["finetuned_16"]
     assert tuned["test_top1"]["correct"] == scored["correct"]

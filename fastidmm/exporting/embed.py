@@ -33,6 +33,16 @@ class Table:
     class_names: tuple[str, ...]
 
     @property
+    def labelled(self) -> bool:
+        """Whether any photograph has a class: else no column says of which it is."""
+        return any(row.label >= 0 for row in self.rows)
+
+    @property
+    def split(self) -> bool:
+        """Whether there are several splits: else no column says of which a photograph is."""
+        return len({row.split for row in self.rows}) > 1
+
+    @property
     def paths(self) -> list[str]:
         """Files below the source, with '/'; bytes that are no UTF-8 replaced."""
         return [
@@ -41,29 +51,28 @@ class Table:
 
 
 def _write_npz(table: Table, file: BinaryIO) -> None:
-    np.savez(
-        file,
-        features=table.features,
-        path=np.array(table.paths, dtype=str),
-        label=np.array([row.label for row in table.rows], dtype=np.int64),
-        split=np.array([row.split for row in table.rows], dtype=str),
-        class_names=np.array(table.class_names, dtype=str),
-    )
+    columns = {"features": table.features, "path": np.array(table.paths, dtype=str)}
+    if table.labelled:
+        columns["label"] = np.array([row.label for row in table.rows], dtype=np.int64)
+        columns["class_names"] = np.array(table.class_names, dtype=str)
+    if table.split:
+        columns["split"] = np.array([row.split for row in table.rows], dtype=str)
+    np.savez(file, allow_pickle=False, **columns)
 
 
 def _write_parquet(table: Table, file: BinaryIO) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    classes = [table.class_names[r.label] if r.label >= 0 else None for r in table.rows]
-    columns = {
-        "path": pyarrow.array(table.paths, pyarrow.string()),
-        "class": pyarrow.array(classes, pyarrow.string()),
-        "split": pyarrow.array([row.split for row in table.rows], pyarrow.string()),
-        "features": pyarrow.FixedSizeListArray.from_arrays(
-            table.features.ravel(), table.features.shape[1]
-        ),
-    }
+    columns = {"path": pyarrow.array(table.paths, pyarrow.string())}
+    if table.labelled:
+        classes = [table.class_names[r.label] if r.label >= 0 else None for r in table.rows]
+        columns["class"] = pyarrow.array(classes, pyarrow.string())
+    if table.split:
+        columns["split"] = pyarrow.array([row.split for row in table.rows], pyarrow.string())
+    columns["features"] = pyarrow.FixedSizeListArray.from_arrays(
+        table.features.ravel(), table.features.shape[1]
+    )
     parquet.write_table(pyarrow.table(columns), file)
 
 

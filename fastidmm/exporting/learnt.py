@@ -12,7 +12,7 @@ from fastidmm.backbones.build import Encoder, build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import PLAIN, resized_side
-from fastidmm.record import RECIPE, Record, encoder_weights
+from fastidmm.record import Record, encoder_weights
 from fastidmm.store import folder_of, read_json
 
 
@@ -62,8 +62,7 @@ def learnt(folder: Path) -> Learnt:
     if record.recipe.run.method != "supervised":
         return Learnt(record, record.result, encoder, None, ())
     if not record.finished:
-        run = folder.parent if (folder.parent / RECIPE).exists() else folder
-        raise UsageError(f"{folder} is not finished: `fastidmm resume {run}` goes on with it.")
+        raise UsageError(record.unfinished)
     return Learnt(record, record.result, encoder, _head(record.result), _class_names(record))
 
 

@@ -107,7 +107,7 @@ def _listed(texts: list[str], limit: int, total: int | None = None, at: str = "s
     return ", ".join(texts[:limit]) + (f" and {more:,} more (see {at})" if more > 0 else "")
 
 
-FEW_CASES = 5
+FEW_CASES = 2  # more fill a screen, and all are in prepare.json
 FINDINGS: dict[str, tuple[str, str]] = {
     "same_in_train": ("training image repeats another", "training images repeat others"),
     "same_in_test": ("test image is a training image too", "test images are training images too"),

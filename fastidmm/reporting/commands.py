@@ -73,14 +73,15 @@ class Stage:
 def missing(
     run: Stage, tuned: Sequence[Stage], scores: dict[str, Any] | None, *, scorable: bool
 ) -> list[tuple[str, str]]:
-    """What a run lacks, each with the command that brings it."""
+    """What a run lacks, each with the command that brings it; none where it only takes time."""
     name, steps = argument(run.record.folder), []
     for stage in (run, *tuned):
         if not stage.finished:
-            whole = (
-                f"{stage.name} stands at epoch {stage.epoch} of {stage.record.recipe.run.epochs}"
-            )
-            steps.append((whole, f"fastidmm resume {name}"))
+            where = f"at epoch {stage.epoch} of {stage.record.recipe.run.epochs}"
+            if stage.record.running:
+                steps.append((f"{stage.name} is {where}, and goes on", ""))
+            else:
+                steps.append((f"{stage.name} stands {where}", f"fastidmm resume {name}"))
     if not scorable:
         return steps
     first = [stage for stage in tuned if not stage.record.recipe.run.init_head]

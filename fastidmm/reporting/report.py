@@ -103,7 +103,7 @@ def remaining(run: Path) -> list[str]:
     tuned = [Stage(Record(folder)) for folder in stages(run)]
     evaluation, scorable = _evaluation(run), data_of(stage).scorable
     steps = missing(stage, tuned, evaluation["scores"] if evaluation else None, scorable=scorable)
-    return [*(command for _, command in steps), f"fastidmm report --run {argument(run)}"]
+    return [*(command for _, command in steps if command), f"fastidmm report --run {argument(run)}"]
 
 
 def _template() -> Template:
