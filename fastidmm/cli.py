@@ -257,7 +257,8 @@ def run_all(
         precision=precision, optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
     found = run_all_stages(recipe_of(recipe, settings, assignments), run)
-    answer(found, as_json, lambda: scoring.evaluation_text(found) + f"\n\n{found['report']}")
+    following = f"next: open {found['report']} in a browser"
+    answer(found, as_json, lambda: f"{scoring.evaluation_text(found)}\n\n{following}")
 
 
 @app.command()

@@ -132,7 +132,7 @@ def test_run_does_it_all(typed: Type, toy: str) -> None:
     assert "56 of 56 tensors, head included: from runs/all/finetune-16" in err
     assert Path("runs/all/finetune-32").is_dir() and not Path("runs/all/scratch-32").exists()
     assert Path("runs/all/report.html").is_file()
-    assert out.strip().splitlines()[-1] == "runs/all/report.html"
+    assert out.splitlines()[-1] == "next: open runs/all/report.html in a browser"
 
 
 def test_a_part_of_the_images_is_taken_by_class_and_said(typed: Type, toy: str) -> None:

@@ -107,7 +107,7 @@ def _listed(texts: list[str], limit: int, total: int | None = None, at: str = "s
     return ", ".join(texts[:limit]) + (f" and {more:,} more (see {at})" if more > 0 else "")
 
 
-FEW_CASES = 2  # more fill a screen, and all are in prepare.json
+FEW_CASES, FEW_CLASSES = 2, 5  # more pairs of paths fill a screen; all are in prepare.json
 FINDINGS: dict[str, tuple[str, str]] = {
     "same_in_train": ("training image repeats another", "training images repeat others"),
     "same_in_test": ("test image is a training image too", "test images are training images too"),
@@ -135,7 +135,8 @@ def _findings(checks: dict[str, Any]) -> list[str]:
         total = checks[name]["count"]
         if total:
             cases = [_case(case) for case in checks[name]["cases"]]
-            listed = _listed(cases, FEW_CASES, total, "prepare.json")
+            limit = FEW_CLASSES if name == "small_classes" else FEW_CASES
+            listed = _listed(cases, limit, total, "prepare.json")
             lines.append(f"{counted(total, one, many)}: {listed}")
     return lines
 
