@@ -47,7 +47,7 @@ from fastidmm.options import (
     recipe_settings,
 )
 
-HARDLY = 0.1  # of the images: a run that has learnt to tell so few apart has only begun
+HARDLY = 0.1  # of the crops: a run that recognises so few has only begun
 HELP = "Train vision transformers when all you have is a few thousand images."
 
 app = typer.Typer(
@@ -356,9 +356,9 @@ def _finished(found: dict[str, Any], *following: str) -> str:
     if rises := found.get("knn_top1_rises"):
         longer = f"--epochs {2 * found['epochs']} may do better"
         lines.append(f"knn top1 still rises {100 * rises:.1f} points per 100 epochs: {longer}")
-    if (known := found.get("instance_top1", 1.0)) < HARDLY:
+    if (known := found.get("told_apart", 1.0)) < HARDLY:
         lines.append(
-            f"few images are told apart yet (instance top1 {100 * known:.1f} %): more steps, by "
+            f"only {100 * known:.1f} % of crops are recognised as their own image: more steps, by "
             f"--epochs {2 * found['epochs']} or a smaller --batch-size, may do better"
         )
     return "\n".join([*lines, *(f"next: {command}" for command in following)])

@@ -25,6 +25,7 @@ from fastidmm.registry import find
 from fastidmm.scoring import best
 from fastidmm.train import train
 
+LATEST = 10  # metric lines: a single small batch says little
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
     "dataset", "backbone", "loader", "seed", "device", "precision", "optimizer", "exact", "capture",
@@ -237,6 +238,8 @@ def summary(record: Record) -> dict[str, Any]:
             (line["epoch"], line["knn_top1"]) for line in record.metrics() if "knn_top1" in line
         ]
         found |= {"knn_top1_rises": per_100} if (per_100 := rising(seen)) else {}
+        share = told_apart(record.metrics())
+        found |= {} if share is None else {"told_apart": share}
     for split in ("test", "holdout"):
         # The last line may be one that damage took.
         if f"{split}_num" in last and (top := best(record, split)):
@@ -244,6 +247,13 @@ def summary(record: Record) -> dict[str, Any]:
             found[f"{split}_top1"] = Score(round(last[f"{split}_top1"] * num), num).as_dict()
             found[f"best_{split}_top1"] = top
     return found
+
+
+def told_apart(lines: list[dict[str, Any]]) -> float | None:
+    """The share of crops recognised as their own image, over the latest lines; None: not asked."""
+    told = [line["instance_top1"] for line in lines if line.get("instance_top1") is not None]
+    latest = told[-LATEST:]
+    return sum(latest) / len(latest) if latest else None
 
 
 def resume(run: Path) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def test_from_photographs_without_labels_to_features(typed: Type, bare: str) -> 
     assert status == 0 and "finetune" not in out
     told, few, *following = out.splitlines()
     assert re.search(r", retrieval top1 \d\.\d{3}, rankme \d+\.\d{3}$", told)
-    assert "few images are told apart yet" in few and "--epochs 2 " in few
+    assert "of crops are recognised as their own image" in few and "--epochs 2 " in few
     assert following == [
         "next: fastidmm report",
         "next: fastidmm embed --from PHOTOS --out features.npz",

@@ -190,7 +190,7 @@ def test_pictures_are_those_of_training(run: Path, page: str) -> None:
     batch = next(batches)
     found = iter(pictures(page))
     places = [batch.num_images * i // NUM_IMAGES for i in range(NUM_IMAGES)]
-    captions = iter(re.findall(r"<figcaption>(\d+ % own|all its own)", page))
+    captions = iter(re.findall(r"<figcaption>([\d.]+ % own|all its own)", page))
     for place in places:
         assert np.array_equal(next(found), parts.store.image(int(batch.groups[0].rows[place])))
         for views, group in zip(batch.groups, parts.method.views, strict=True):
@@ -200,7 +200,7 @@ def test_pictures_are_those_of_training(run: Path, page: str) -> None:
                 shown = torch.tensor(next(found)).permute(2, 0, 1)
                 assert (pixels - shown).abs().max() <= 0.5 + 1e-3
                 own = float(views.weights[crop])
-                expected = f"{100 * own:.0f} % own" if own < 1 else "all its own"
+                expected = f"{100 * own:.3g} % own" if own < 1 else "all its own"
                 assert next(captions) == expected
     assert next(found, None) is None
 
@@ -314,6 +314,10 @@ def test_images_without_labels_have_curves_and_pictures(home: Path) -> None:
     stages.pretrain(Recipe.of(tables("bare", epochs=1)), str(folder))
     page = write(folder).read_text()
     assert "Without labels of at least two classes nothing can be scored" in text(page)
+    shutil.copytree(folder, folder.with_name("other"))
+    last = Record(folder).metrics()[-1]["retrieval_top1"]
+    beside = text(write(folder).read_text()).replace("\N{NO-BREAK SPACE}", " ")
+    assert "training retrieval" in beside and beside.count(f"{100 * last:.1f} %") >= 2
     assert "kNN" not in text(page) and "fastidmm evaluate" not in text(page)
     assert 'class="scores"' not in page and "Where it errs" not in page
     assert "Fine-tuning" not in page and "of another class" not in page

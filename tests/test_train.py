@@ -89,6 +89,13 @@ def test_resuming_mid_epoch_after_a_signal(toy: str, monkeypatch: pytest.MonkeyP
     assert_same("stopped", "whole")
 
 
+def test_crops_told_apart_are_those_of_the_latest_lines() -> None:
+    lines = [{"instance_top1": share} for share in (1.0, 1.0, None, *[0.0, 0.2] * 5)]
+    assert stages.told_apart(lines) == pytest.approx(0.1)
+    assert stages.told_apart(lines[:3]) == 1.0
+    assert stages.told_apart([{"loss": 1.0}]) is None
+
+
 def test_a_finished_run_says_so(toy: str, capsys: pytest.CaptureFixture[str]) -> None:
     stages.pretrain(recipe(), "whole")
     before = outcome("whole")[0]

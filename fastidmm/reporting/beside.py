@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastidmm import checkpoint
 from fastidmm.compare import Compared
@@ -12,6 +13,7 @@ from fastidmm.reporting.claims import Arm, Measure, Outcome
 from fastidmm.reporting.commands import Stage
 
 MOST_RUNS = 20
+LOOKS = {"knn_top1": "kNN on training labels", "retrieval_top1": "retrieval"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Other:
     what: str
     epochs: int
     seconds: float
-    knn: float | None  # on training labels, as last logged
+    looked: float | None  # the share that `Others.look` names, as last logged
     cells: tuple[Cell | None, ...]
 
 
@@ -38,6 +40,7 @@ class Other:
 class Others:
     """This run and then the others, the newest first, by the measures that any has."""
 
+    look: str  # at the training images while it learnt
     measures: tuple[str, ...]
     rows: tuple[Other, ...]
 
@@ -66,13 +69,17 @@ def others(run: Path) -> Others:
             found.append(other)
     found = found[: MOST_RUNS + 1]
     names = tuple(dict.fromkeys(name for other in found for name in other.scores))
-    return Others(names, tuple(_row(other, this, names) for other in found))
+    lines = [Record(other.folder).metrics() for other in found]
+    key = next((key for key in LOOKS if any(key in line for line in lines[0])), "knn_top1")
+    rows = (_row(*pair, this, names, key) for pair in zip(found, lines, strict=True))
+    return Others(LOOKS[key], names, tuple(rows))
 
 
-def _row(other: Compared, this: Compared, names: Sequence[str]) -> Other:
-    record = Record(other.folder)
-    recipe, lines = record.recipe.run, record.metrics()
-    told = [line["knn_top1"] for line in lines if line.get("knn_top1") is not None]
+def _row(
+    other: Compared, lines: list[dict[str, Any]], this: Compared, names: Sequence[str], key: str
+) -> Other:
+    recipe = Record(other.folder).recipe.run
+    told = [line[key] for line in lines if line.get(key) is not None]
     cells = []
     for name in names:
         arm = other.scores.get(name)
@@ -83,7 +90,7 @@ def _row(other: Compared, this: Compared, names: Sequence[str]) -> Other:
         what=f"{recipe.backbone}, {recipe.method}",
         epochs=recipe.epochs,
         seconds=other.seconds,
-        knn=told[-1] if told else None,
+        looked=told[-1] if told else None,
         cells=tuple(cells),
     )
 
