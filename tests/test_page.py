@@ -94,6 +94,8 @@ def test_neighbours_and_worst_fitted_are_those_of_float64(run: Path) -> None:
         assert np.allclose([cosine for _, cosine in each.others], expected, atol=2e-3)
         shown = [cosines[own, names.index(face.name)] for face, _ in each.others]
         assert np.allclose(shown, expected, atol=2e-3)
+    told = re.findall(r"<figcaption>([\d.e-]+) (?!%)", Page(run).text())
+    assert told == [f"{1 - cosine:.2g}" for each in found.near for _, cosine in each.others]
     largest = logits.max(axis=1, keepdims=True)
     logs = logits - largest - np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
     losses = -0.9 * np.diag(logs) - 0.1 * logs.mean(axis=1)
