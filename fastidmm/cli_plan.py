@@ -27,7 +27,7 @@ from fastidmm.options import (
 )
 
 HOUR = 3600.0
-SMALL = "--backbone vit_micro --resolution 48 --epochs 20"
+SMALL = "--backbone vit_micro --resolution 32 --batch-size 32 --epochs 40"
 
 
 def plan(

@@ -10,6 +10,8 @@ from fastidmm.recipe import Recipe
 from fastidmm.record import Record, all_runs, stages
 from fastidmm.stages import summary
 
+LOOKED = dict.fromkeys(("knn_top1", *LABEL_FREE))  # in this order
+
 
 def listed(dataset: str | None = None) -> list[dict[str, Any]]:
     """A row for each run, the one started last at the end; what is broken is a row that says so."""
@@ -23,7 +25,7 @@ def _row(folder: Path) -> dict[str, Any]:
         run, made, total = record.recipe.run, record.steps, record.total_steps
         state = "finished" if record.finished else f"step {made:,} of {total:,}"
         state += ", goes on" if record.running else ""
-        looks = [line for line in record.metrics() if "rankme" in line]
+        looks = [line for line in record.metrics() if LOOKED.keys() & line.keys()]
         compared = Compared.of(folder)
     except FastidmmError as problem:
         return {"run": folder.name, "state": f"broken: {problem}"}
@@ -35,7 +37,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "method": run.method,
         "epochs": run.epochs,
         "state": state,
-        **{key: looks[-1].get(key) if looks else None for key in ("knn_top1", *LABEL_FREE)},
+        **{key: looks[-1].get(key) if looks else None for key in LOOKED},
         "finetuned": {name: score.as_dict() for name, score in tuned.items()},
         "seconds": round(compared.seconds, 1),
     }
@@ -88,17 +90,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """Runs below one another."""
     if not rows:
         return "no runs in ./runs yet: begin with `fastidmm pretrain`"
-    head = [
-        "run",
-        "dataset",
-        "backbone",
-        "method",
-        "epochs",
-        "state",
-        "features",
-        "fine-tuned",
-        "time",
-    ]
+    head = "run dataset backbone method epochs state features fine-tuned time".split()
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(head))]
     return "\n".join(
