@@ -10,7 +10,7 @@ from fastidmm.recipe import Recipe
 from fastidmm.record import Record, all_runs, stages
 from fastidmm.stages import summary
 
-LOOKED = dict.fromkeys(("knn_top1", *LABEL_FREE))  # in this order
+LOOKED = ("knn_top1", *LABEL_FREE)
 
 
 def listed(dataset: str | None = None) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def _row(folder: Path) -> dict[str, Any]:
         run, made, total = record.recipe.run, record.steps, record.total_steps
         state = "finished" if record.finished else f"step {made:,} of {total:,}"
         state += ", goes on" if record.running else ""
-        looks = [line for line in record.metrics() if LOOKED.keys() & line.keys()]
+        looks = [line for line in record.metrics() if line.keys() & set(LOOKED)]
         compared = Compared.of(folder)
     except FastidmmError as problem:
         return {"run": folder.name, "state": f"broken: {problem}"}
@@ -90,7 +90,9 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """Runs below one another."""
     if not rows:
         return "no runs in ./runs yet: begin with `fastidmm pretrain`"
-    head = "run dataset backbone method epochs state features fine-tuned time".split()
+    head = [
+        "run", "dataset", "backbone", "method", "epochs", "state", "features", "fine-tuned", "time"
+    ]  # fmt: skip
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(head))]
     return "\n".join(
