@@ -22,7 +22,8 @@ setup: .venv/ready-$(EXTRAS)  ## the environment: .venv with fastidmm, its tests
 demo: setup  ## photographs in, report out: pretrain, fine-tune, compare with no pretraining
 	rm -rf runs/demo
 	$(BIN)/fastidmm run --recipe demo --run demo
-	@echo 'then your own: $(BIN)/fastidmm prepare --dataset folder --from ~/photos --name mine'
+	@echo 'kNN and probe below random weights: the price of so few epochs (configs/demo.toml)'
+	@echo 'then your own: . $(BIN)/activate; fastidmm prepare --dataset folder --from ~/photos --name mine'
 
 test: setup  ## every test that needs no GPU, on two cores
 	$(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist worksteal $(ARGS)

@@ -358,8 +358,9 @@ def _finished(found: dict[str, Any], *following: str) -> str:
         lines.append(f"knn top1 still rises {100 * rises:.1f} points per 100 epochs: {longer}")
     if (known := found.get("told_apart", 1.0)) < HARDLY:
         lines.append(
-            f"only {100 * known:.1f} % of crops are recognised as their own image: more steps, by "
-            f"--epochs {2 * found['epochs']} or a smaller --batch-size, may do better"
+            f"only {100 * known:.1f} % of the last crops logged were recognised as their own "
+            f"image: more steps, by --epochs {2 * found['epochs']} or a smaller --batch-size, "
+            "may do better"
         )
     return "\n".join([*lines, *(f"next: {command}" for command in following)])
 

@@ -22,10 +22,15 @@ def report(
     folder = chosen_run(named or run)
     if watch:
         from fastidmm.interrupt import stoppable
+        from fastidmm.progress import say
         from fastidmm.reporting import live
 
+        def tell(url: str) -> None:
+            say("until Ctrl-C, for this machine's browsers:")
+            answer({"url": url}, as_json, url)
+
         with stoppable() as stop:
-            live.watch(folder, stop, lambda url: answer({"url": url}, as_json, url))
+            live.watch(folder, stop, tell)
         return
     from fastidmm.reporting.report import write
 

@@ -22,9 +22,9 @@ def listed(dataset: str | None = None) -> list[dict[str, Any]]:
 def _row(folder: Path) -> dict[str, Any]:
     try:
         record = Record(folder)
-        run, made, total = record.recipe.run, record.steps, record.total_steps
-        state = "finished" if record.finished else f"step {made:,} of {total:,}"
-        state += ", goes on" if record.running else ""
+        run = record.recipe.run
+        begun = [stage for each in stages(folder) if not (stage := Record(each)).finished]
+        state = ", ".join([_state(record), *(f"{s.folder.name} at {_state(s)}" for s in begun)])
         looks = [line for line in record.metrics() if line.keys() & set(LOOKED)]
         compared = Compared.of(folder)
     except FastidmmError as problem:
@@ -41,6 +41,13 @@ def _row(folder: Path) -> dict[str, Any]:
         "finetuned": {name: score.as_dict() for name, score in tuned.items()},
         "seconds": round(compared.seconds, 1),
     }
+
+
+def _state(record: Record) -> str:
+    if record.finished:
+        return "finished"
+    state = f"step {record.steps:,} of {record.total_steps:,}"
+    return f"{state} and going on" if record.running else state
 
 
 def shown(folder: Path) -> list[dict[str, Any]]:
@@ -91,7 +98,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no runs in ./runs yet: begin with `fastidmm pretrain`"
     head = [
-        "run", "dataset", "backbone", "method", "epochs", "state", "features", "fine-tuned", "time"
+        "run", "dataset", "backbone", "method", "epochs", "state", "on training images",
+        "fine-tuned", "time",
     ]  # fmt: skip
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(head))]

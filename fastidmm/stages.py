@@ -8,7 +8,7 @@ from typing import Any
 
 from fastidmm import logs
 from fastidmm.apex import check
-from fastidmm.assemble import build_method, initialise, training_rows
+from fastidmm.assemble import build_method, check_labels, initialise, training_rows
 from fastidmm.backbones.build import backbone
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
@@ -57,8 +57,21 @@ def begun(folder: Path, recipe: Recipe) -> Record:
 def following(run: Path) -> list[str]:
     """What can be done with the newest run once it is pretrained: what needs labels, if it has."""
     if training_rows(Record(run).recipe).learnable:
-        return ["fastidmm finetune"]
+        return [" ".join(["fastidmm finetune", *flags_in_proportion(Record(run).recipe)])]
     return ["fastidmm report", "fastidmm embed --from PHOTOS --out features.npz"]
+
+
+def flags_in_proportion(recipe: Recipe) -> list[str]:
+    """Of fine-tuning after a pretraining that is smaller than the recipe's fine-tuning is made for.
+
+    The paper's doubles the resolution and takes fewer epochs.
+    """
+    run, tuned = recipe.run, recipe.finetune
+    resolution, epochs = 2 * run.resolution, max(run.epochs // 2, 1)
+    flags = ["--resolution", str(resolution)] if tuned.resolution > resolution else []
+    flags += ["--epochs", str(epochs)] if tuned.epochs > run.epochs else []
+    smaller = tuned.batch_size > run.batch_size
+    return [*flags, "--batch-size", str(run.batch_size)] if smaller else flags
 
 
 def gone_on_with(folder: Path, recipe: Recipe) -> bool:
@@ -117,6 +130,7 @@ def finetune(
             "[finetune], [finetune_high] and [supervised] are read when a run begins; here, set "
             "the stage's own keys, such as run.batch_size, optim.lr or method.mix."
         )
+    check_labels(training_rows(parent.recipe), parent.recipe.run.dataset)
     if pretrained and not parent.finished:
         raise UsageError(parent.unfinished)
     resolution = asked.get("resolution") or parent.recipe.finetune.resolution

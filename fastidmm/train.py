@@ -48,7 +48,10 @@ def train(record: Record) -> dict[str, float]:
             if run.num_images:
                 say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
             if len(parts.store) < run.batch_size:
-                say(f"the store has {len(parts.store)} images: one step of all of them per epoch.")
+                say(
+                    f"the store has {len(parts.store)} images, fewer than a batch of "
+                    f"{run.batch_size}: one step of all of them per epoch."
+                )
             if why := left_uncaptured(parts):
                 say(why)
             outlook = Outlook(course_of(parts), sum(g.count for g in parts.method.views))

@@ -20,7 +20,7 @@ from fastidmm.assemble import Parts, assemble, training_rows
 from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
 from fastidmm.evaluate import linear_probe, outputs
-from fastidmm.forecast import Costs, Course, Forecast
+from fastidmm.forecast import Costs, Course, Forecast, spell
 from fastidmm.machine import device_of
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
@@ -100,22 +100,30 @@ def forecasts(recipe: Recipe) -> list[Forecast]:
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as work:
         folder = Path(work) / "run"
         first = tried(folder, recipe)
-        found = [first.forecast("pretrain")]
+        found = [_told(first.forecast("pretrain"))]
         if alone:
             return found
         tables = finetune_tables(first.record, pretrained=False)
         second = tried(folder / "finetune", Recipe.of(tables))
         resolution = recipe.finetune.resolution
         # From random weights it is the same work.
-        found += [second.forecast(f"{name}-{resolution}") for name in ("finetune", "scratch")]
+        found += [
+            _told(second.forecast(f"{name}-{resolution}")) for name in ("finetune", "scratch")
+        ]
         looks = [(second.look, 2)]
         if recipe.finetune_high.epochs:
             tables = high_tables(second.record)
             tables["run"] |= {"init": "", "init_head": False}  # those steps' weights are no start
             high = tried(folder / "high", Recipe.of(tables))
-            found.append(high.forecast(f"finetune-{recipe.finetune_high.resolution}"))
+            found.append(_told(high.forecast(f"finetune-{recipe.finetune_high.resolution}")))
             looks.append((high.look, 1))
         return [*found, evaluation(recipe, first, looks, found)]
+
+
+def _told(found: Forecast) -> Forecast:
+    """Said at once: the next stage may take long to try."""
+    say(f"{found.stage}: {spell(found.seconds)}")
+    return found
 
 
 def evaluation(

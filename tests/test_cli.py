@@ -86,7 +86,7 @@ def test_from_photographs_to_a_report(typed: Type, home: Path, photos: MakePhoto
     assert status == 0 and "20" in out and "8" in out
     status, out, err = typed("pretrain", *TINY)
     assert status == 0 and "'mine', the one prepared last" in err.splitlines()[0]
-    assert "next: fastidmm finetune" in out
+    assert "next: fastidmm finetune --resolution 32 --epochs 1 --batch-size 8" in out.splitlines()
     stage = ("--resolution", 16, "--epochs", 1, "--batch-size", 8)
     status, _, err = typed("finetune", *stage)
     assert status == 0 and "runs/mine_vit_micro_idmm, the newest" in err.splitlines()[0]
@@ -111,7 +111,7 @@ def test_from_photographs_without_labels_to_features(typed: Type, bare: str) -> 
     assert status == 0 and "finetune" not in out
     told, few, *following = out.splitlines()
     assert re.search(r", retrieval top1 \d\.\d{3}, rankme \d+\.\d{3}$", told)
-    assert "of crops are recognised as their own image" in few and "--epochs 2 " in few
+    assert "crops logged were recognised as their own image" in few and "--epochs 2 " in few
     assert following == [
         "next: fastidmm report",
         "next: fastidmm embed --from PHOTOS --out features.npz",
@@ -119,9 +119,17 @@ def test_from_photographs_without_labels_to_features(typed: Type, bare: str) -> 
     for line in following:
         words = line.replace("PHOTOS", bare).split()
         assert typed(*words[2:])[0] == 0
+    status, _, err = typed("finetune")
+    assert status == 3 and "have no labels" in sentence(err)
     (row,) = json.loads(typed("runs", "list", "--json")[1])
     assert row["knn_top1"] is None and row["rankme"] >= 1.0
     assert f"retrieval {100 * row['retrieval_top1']:.1f} %" in typed("runs", "list")[1]
+
+
+def test_a_split_that_was_drawn_is_said(typed: Type, home: Path, photos: MakePhotos) -> None:
+    photos(Path("plain"), per_class=10)
+    _, out, _ = typed("prepare", "--dataset", "folder", "--from", "plain", "--name", "plain")
+    assert "which image is for training and which for testing: seed 0" in out.splitlines()
 
 
 def test_run_does_it_all(typed: Type, toy: str) -> None:
@@ -246,8 +254,8 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     status, out, err = typed("resume", "mine")
     assert status == 0 and "is finished" in err
     assert [line for line in out.splitlines() if line.startswith("next: ")] == [
-        "next: fastidmm finetune --run mine",
-        "next: fastidmm finetune --run mine --scratch",
+        "next: fastidmm finetune --run mine --resolution 32 --epochs 1 --batch-size 8",
+        "next: fastidmm finetune --run mine --resolution 32 --epochs 1 --batch-size 8 --scratch",
         "next: fastidmm evaluate --run mine",
         "next: fastidmm report --run mine",
     ]

@@ -82,6 +82,21 @@ def test_stages_go_on_within_their_arm(run: Path) -> None:
     assert scores["random"]["finetuned_32"]["stage"] == "scratch-32"
 
 
+@pytest.mark.parametrize(
+    ("run", "flags"),
+    [
+        ({}, ""),  # the paper's
+        ({"resolution": 32}, "--resolution 64"),
+        ({"epochs": 200}, ""),
+        ({"epochs": 51}, "--epochs 25"),
+        ({"epochs": 1, "batch_size": 32}, "--epochs 1 --batch-size 32"),
+    ],
+)
+def test_what_follows_is_in_proportion(run: dict[str, Any], flags: str) -> None:
+    recipe = Recipe.of({"run": {"dataset": "mine", **run}})
+    assert " ".join(stages.flags_in_proportion(recipe)) == flags
+
+
 def test_without_a_lower_stage_a_high_one_starts_from_the_backbone(run: Path) -> None:
     settings = {**HIGH, "run.epochs": 1}
     stages.finetune(run, settings, [])

@@ -189,4 +189,7 @@ def test_a_signal_ends_it_well(copy: Path, number: signal.Signals) -> None:
         assert asked(address)[0] == 200
         process.send_signal(number)
         assert process.wait(20) == 0
-        assert process.stderr.read() == "looking at 20 training images for the report\n"
+        assert process.stderr.read().splitlines() == [
+            "looking at 20 training images for the report",
+            "until Ctrl-C, for this machine's browsers:",
+        ]

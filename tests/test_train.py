@@ -300,7 +300,7 @@ def test_an_unfinished_run_is_neither_fine_tuned_nor_trained_twice(
     seen = write(run).read_text()
     assert "and goes on</li>" in seen and "fastidmm resume" not in seen
     assert remaining(run)[0].startswith("fastidmm finetune")
-    assert runs.listed()[0]["state"] == "step 3 of 9, goes on"
+    assert runs.listed()[0]["state"] == "step 3 of 9 and going on"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not Record(run).running  # the lock went with its holder
@@ -330,6 +330,7 @@ def test_an_unfinished_stage_is_not_scored(
         kill_before_update(patch, 4)
         stages.finetune(Path("runs/run"), settings, [])
     assert "finetuned_16" not in scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]
+    assert runs.listed()[0]["state"] == "finished, finetune-16 at step 3 of 6"
     assert "not scored: runs/run/finetune-16 is not finished" in capsys.readouterr().err
     tuned = stages.resume(Path("runs/run"))[1]
     scored = scoring.evaluate(Path("runs/run"))["scores"]["pretrained"]["finetuned_16"]

@@ -60,6 +60,10 @@ class Summary:
     def lines(self, limit: int = 10) -> list[str]:
         """The same for people; of long lists the first `limit`."""
         lines = [self.heading()]
+        if self.split_seed is not None:
+            lines.append(
+                f"which image is for training and which for testing: seed {self.split_seed}"
+            )
         if self.unusable:
             count = counted(len(self.unusable), "file")
             lines.append(f"{count} unusable: {shown(self.unusable, limit)}")

@@ -11,7 +11,7 @@ from typing import Any
 from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import RECIPE, Record
-from fastidmm.stages import finetune_tables, high_tables
+from fastidmm.stages import finetune_tables, flags_in_proportion, high_tables
 
 FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
 LONGEST_NAME = 64
@@ -85,7 +85,7 @@ def missing(
     if not scorable:
         return steps
     first = [stage for stage in tuned if not stage.record.recipe.run.init_head]
-    like = _flags(first[-1]) if first else []
+    like = _flags(first[-1]) if first else flags_in_proportion(run.record.recipe)
     for arm, start, scratch in (
         ("pretrained", "the pretrained weights", []),
         ("random", "random weights, to compare with", ["--scratch"]),
@@ -107,7 +107,11 @@ def _missing_high(
     """The stage at a higher resolution, where the recipe has one and nothing else is in its way."""
     high = run.record.recipe.finetune_high
     begun = any(stage.arm == "pretrained" and stage not in first for stage in tuned)
-    ready = any(stage.arm == "pretrained" and stage.finished for stage in first)
+    below = run.record.recipe.finetune.resolution  # another is no step towards the high one
+    ready = any(
+        stage.arm == "pretrained" and stage.finished and stage.record.resolution == below
+        for stage in first
+    )
     if begun or not ready or not high.epochs:
         return []
     command = f"fastidmm finetune --run {argument(run.record.folder)} --resolution "

@@ -138,7 +138,7 @@ def _verdict(data: Data, evaluation: dict[str, Any] | None) -> str:
     if data.scorable:
         return "Not evaluated yet: nothing can be said of what pretraining did."
     lack = "a test split" if data.learnable else "labels of at least two classes"
-    return f"Without {lack} nothing can be scored: judge by the curves and the neighbours."
+    return f"Without {lack} nothing can be scored: look at the neighbours and the curves."
 
 
 def _images(stage: Stage, data: Data, step: int) -> tuple[list[Shown], str]:
