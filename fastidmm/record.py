@@ -5,7 +5,6 @@
 A stage that starts from a run (fine-tuning) is a folder of the same shape inside it.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -16,16 +15,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastidmm
-from fastidmm import checkpoint
+from fastidmm import checkpoint, lock
 from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.machine import cpu_threads, device_of, name_of
 from fastidmm.plan import num_steps
@@ -38,8 +37,6 @@ from fastidmm.store import Store, check_name
 PUBLISHED = "timm"  # the weights that `fastidmm prepare --weights` fetched, as `run.init`
 SCRATCH = "scratch-"  # how the names of stages begin that go back to random weights
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
-LOCK = ".lock"
-GLANCE = 0.05  # seconds, more than another process takes to look whether a run is being trained
 MINUTE = 60.0
 ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
 
@@ -173,31 +170,14 @@ class Record:
         # The stage it went on from may be gone: the name tells of which arm it is.
         return bool(self.recipe.run.init) and not self.folder.name.startswith(SCRATCH)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run: a second process that would train it is refused."""
-        if not self._writes:
-            yield
-            return
-        with (self.folder / LOCK).open("w") as lock:
-            if not (_locked(lock) or _locked(lock, after=GLANCE)):
-                raise UsageError(f"{self.folder} is being trained by another process.")
-            _held.add(self.folder.resolve())
-            try:
-                yield
-            finally:
-                _held.discard(self.folder.resolve())
+        return lock.locked(self.folder) if self._writes else nullcontext()
 
     @property
     def running(self) -> bool:
         """Whether another process trains it at this moment."""
-        if self.folder.resolve() in _held:
-            return False  # and to close its lock's file once more would give up the lock
-        try:
-            with (self.folder / LOCK).open("rb") as lock:
-                return not _locked(lock, kind=fcntl.LOCK_SH)
-        except OSError:  # none yet; or a disk without locks
-            return False
+        return lock.running(self.folder)
 
     @property
     def unfinished(self) -> str:
@@ -287,20 +267,6 @@ class Record:
             checkpoint.sync(aside)
             aside.replace(self.folder / METRICS)
             checkpoint.sync(self.folder)
-
-
-_held: set[Path] = set()  # folders that this process has locked
-
-
-def _locked(lock: IO[Any], *, kind: int = fcntl.LOCK_EX, after: float = 0.0) -> bool:
-    """Lock an open file, unless another process has."""
-    time.sleep(after)
-    try:
-        # Not flock, which a loader's workers would go on holding when this is killed.
-        fcntl.lockf(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _hash(data: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import kill
 import pytest
 
-from fastidmm import checkpoint, stages
+from fastidmm import checkpoint, lock, stages
 from fastidmm.assemble import training_rows
 from fastidmm.errors import UsageError
 from fastidmm.recipe import Recipe
@@ -107,6 +107,17 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(
     assert len(kept) == 3
     for before, at in pairwise(kept):
         assert synced[before:at].index(METRICS) < synced[before:at].index(checkpoint.MODEL)
+
+
+@FORKS
+def test_looking_at_a_run_does_not_give_up_its_lock(run: Path) -> None:
+    with Record(run).locked():
+        assert not Record(run).running  # by another process, that is
+        child = os.fork()
+        if child == 0:
+            lock._held.clear()
+            os._exit(Record(run).running)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 @FORKS

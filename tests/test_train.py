@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, record, runs, scoring, stages
+from fastidmm import checkpoint, runs, scoring, stages
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.datasets.folder import Folder
@@ -305,20 +305,6 @@ def test_an_unfinished_run_is_neither_fine_tuned_nor_trained_twice(
     os.waitpid(child, 0)
     assert not Record(run).running  # the lock went with its holder
     assert stages.resume(run)[0]["steps"] == STEPS
-
-
-@FORKS
-def test_looking_at_a_run_does_not_give_up_its_lock(
-    toy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = stopped_run(monkeypatch)
-    with Record(run).locked():
-        assert not Record(run).running  # by another process, that is
-        child = os.fork()
-        if child == 0:
-            record._held.clear()
-            os._exit(Record(run).running)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_an_unfinished_stage_is_not_scored(

@@ -54,7 +54,7 @@ def typed(
         done = CliRunner().invoke(app, words[1:])
         assert done.exit_code == 0, f"{line}: {done.exception}"
 
-    for name in ("flowers", "yours"):
+    for name in ("flowers", "demo", "yours"):
         type_it(f"fastidmm prepare --dataset folder --from ~/photos --name {name}")
     return type_it
 
