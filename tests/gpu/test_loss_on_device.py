@@ -1,5 +1,6 @@
 """The fused loss where it runs: bf16 products, aliased storage, graphs, more than 2**31 logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -88,9 +89,18 @@ def test_path_f_is_no_worse_than_plain_bf16(width: int, largest: float) -> None:
     no_worse(result(loss, case), result(plain, case), truth(**case))
 
 
+@pytest.fixture
+def without_tensor_floats() -> Iterator[None]:
+    """Products of fp32 in full; pytest's own patches cannot put this switch back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("without_tensor_floats")
 @pytest.mark.parametrize("name", CASES)
-def test_fp32_without_tensor_floats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_fp32_without_tensor_floats(name: str) -> None:
     case: dict[str, Any] = {
         k: v.cuda() if isinstance(v, Tensor) else v for k, v in CASES[name].items()
     }
