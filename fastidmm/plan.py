@@ -7,7 +7,7 @@ agree to the bit on every integer. Never compiled.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -154,6 +154,7 @@ def unmixed(
 ) -> GroupPlan:
     """A crop of each of these rows, by itself: what a group that mixes nothing makes of them."""
     views = torch.full((1,), view, device=rows.device)
+    group = replace(group, count=1)
     return _draw_group(group, "none", rows, views, sizes, counters, (epoch, 0, 0), 1)
 
 

@@ -431,6 +431,7 @@ def install() -> None:
     torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, graph  # type: ignore[misc,assignment]
     torch.Generator = Generator  # type: ignore[misc]
     torch.__future__.set_swap_module_params_on_conversion(True)  # else a copy loses `held`
+    torch.inference_mode = torch.no_grad  # type: ignore[misc]  # whose tensors no wrapper can hold
     torch._C._set_only_lift_cpu_tensors(True)
     library = torch.library.Library("aten", "IMPL")
     for name in MAKERS:

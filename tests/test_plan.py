@@ -19,6 +19,7 @@ from fastidmm.plan import (
     draw,
     num_steps,
     resized_crop_box,
+    unmixed,
 )
 
 LARGE = ViewGroup(
@@ -271,3 +272,13 @@ def test_central_crops_lie_where_torchvision_cuts(
     assert torch.equal(crops.origin[0], corner * scale)
     assert crops.window.tolist() == [[0, 0, high, wide]]
     assert (crops.size, crops.interpolation) == (size, "bicubic")
+
+
+def test_an_unmixed_plan_is_of_its_crops_alone() -> None:
+    """Kernels go by the number of partners, too."""
+    group = ViewGroup(count=4, size=8, scale=(0.1, 1.0), mix="cutmix")
+    sizes = torch.full((9,), 20), torch.full((9,), 30)
+    rows = torch.tensor([8, 1, 5])
+    plan = unmixed(sizes, group, Counters(0), rows, view=3, epoch=2)
+    assert plan.crops.rows.tolist() == rows.tolist() and plan.partner.tolist() == [0, 1, 2]
+    assert plan.box.shape == (3, 4) and plan.weight.tolist() == [1, 1, 1]
