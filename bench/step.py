@@ -242,11 +242,17 @@ def flop_of_image(method: Method, batch: Batch) -> float:
     """FLOP of the forward and backward passes of an image's crops: 3 times the forward pass's."""
     # On the CPU, where attention and loss are the products that they are defined by.
     alone = copy.deepcopy(method).eval().cpu()  # a compiled copy would be of the original
-    image = batch.micro(batch.num_images)[0].changed(Tensor.cpu)
+    image = batch.micro(batch.num_images)[0].changed(_full)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         alone(image)
     return 3.0 * counter.get_total_flops()
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """On the CPU, numbers with a point in fp32, as the weights are."""
+    tensor = tensor.cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def write_trace(parts: Parts, path: Path) -> None:

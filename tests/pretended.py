@@ -9,6 +9,7 @@ where that was forbidden, anything that a capture cannot hold. Kernels are inter
 """
 
 import ctypes
+import json
 import os
 import subprocess
 import tempfile
@@ -61,7 +62,7 @@ class State:
 
     recording: Recorded | None = None  # the capture under way
     may_wait = True
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: set[str] = set()  # as JSON: kernels with what they would be compiled for
 
 
 class Pretended(Tensor):
@@ -227,6 +228,21 @@ def _launchable(values: Any) -> Any:
     return [value.held.detach() if isinstance(value, Pretended) else value for value in values]
 
 
+def launched(kernel: Any, args: Any, kwargs: Any) -> str:
+    """What Triton compiles a kernel for: types, alignments and constants, as it tells them apart."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            held = bare(value)
+            return ["*", str(held.dtype).removeprefix("torch."), held.data_ptr() % 16 == 0]
+        if isinstance(value, int) and not isinstance(value, bool) and value != 1:
+            return ["i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0]
+        return ["fp32"] if isinstance(value, float) else value
+
+    given = {**dict(zip(kernel.arg_names, map(kind, args), strict=False))}
+    return json.dumps([kernel.fn.__module__, kernel.fn.__name__, given, kwargs], sort_keys=True)
+
+
 def _interpret() -> None:
     """Have Triton's interpreter take pretended tensors."""
     from triton.runtime import interpreter
@@ -261,7 +277,7 @@ def _interpret() -> None:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Pretended):
                     State.recording._keep(tensor.held)
-        State.launches.append((self, args, kwargs))
+        State.launches.add(launched(self, args, kwargs))
         run(Launch(executor, self), _launchable(args), kwargs)
 
     interpreter.InterpretedFunction.run = launch

@@ -56,9 +56,11 @@ def test_a_step_is_marked_where_its_parts_end(pieces: int) -> None:
     assert len(marks.made) == len(ends)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["idmm", "supervised"])
-def test_flop_are_those_of_the_products(name: str) -> None:
+def test_flop_are_those_of_the_products(name: str, dtype: torch.dtype) -> None:
     method, loader = assembled(name)
+    loader.dtype = dtype  # of the views, as mixed precision has them
     crops = loader.batch(0).num_crops // loader.batch(0).num_images
     out = 7 if name == "idmm" else 3
     # vit_micro at 32 px: 16 patches of 8 px and a class token, width 128, 4 blocks.
