@@ -1,4 +1,4 @@
-// What torch's C++ asks of a GPU before it lets a tensor say it is on one; see pretended.py.
+// What torch's C++ asks of a GPU before it lets a tensor say it is on one; see __init__.py.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>

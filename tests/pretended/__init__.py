@@ -1,0 +1,54 @@
+"""A GPU's stand-in for whole programs: tensors that say they are on one, and compute on the CPU.
+
+    python -m pytest -p pretended -m gpu tests/gpu
+
+Loaded before torch. What runs then takes every branch that a GPU takes, and what a GPU would refuse
+is refused: operands on two devices, a kernel given memory it cannot reach, waiting for the device
+where that was forbidden, anything that a capture cannot hold. Kernels are interpreted, graphs are
+`recorded.Recorded`. What it cannot show: speed, rounding, races, a kernel's resources.
+"""
+
+# ruff: noqa: E402
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _load() -> None:
+    """Compile `device.cpp` and load it: torch asks once, when it is imported."""
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    torch_ = Path(spec.origin).parent
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "pretended.so"
+        subprocess.run(
+            ["g++", "-std=c++20", "-shared", "-fPIC", "-O0", f"-I{torch_}/include",
+             str(Path(__file__).with_name("device.cpp")), "-o", str(library)], check=True,
+        )  # fmt: skip
+        for name in ("c10", "torch_cpu"):
+            ctypes.CDLL(str(torch_ / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+
+
+_load()
+
+from pretended.cuda import install
+
+install()
+
+# Sizes of the GPU's tests that an interpreter gets through.
+SMALLER = {"test_capture_on_device": {"NUM": 5, "BATCH": 3, "STEPS": 12}}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """As pytest calls it."""
+    for item in items:
+        for name, value in SMALLER.get(item.module.__name__.split(".")[-1], {}).items():
+            setattr(item.module, name, value)

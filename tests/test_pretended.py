@@ -1,0 +1,149 @@
+"""Every branch that only a GPU takes, taken on one that is pretended: see pretended/.
+
+Each test is a process of its own, since torch asks once whether there is a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastidmm.record import Record
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def printed(*words: str, seconds: float = 900) -> str:
+    """What a process prints that says all is well."""
+    environ = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environ.pop("PYTEST_ADDOPTS", None)
+    done = subprocess.run(
+        [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=seconds,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+REFUSALS = """
+import pretended, pytest, torch, triton
+from triton import language as tl
+
+@triton.jit
+def double(x, out, N: tl.constexpr):
+    place = tl.arange(0, N)
+    tl.store(out + place, tl.load(x + place) * 2)
+
+here = torch.arange(4.0)
+there = here.cuda()
+assert there.is_cuda and there.tolist() == (there + 0).cpu().tolist() == here.tolist()
+with pytest.raises(RuntimeError, match="same device"):
+    there + here
+with pytest.raises((TypeError, RuntimeError)):
+    there.numpy()
+out = torch.empty_like(there)
+double[(1,)](there, out, N=4)
+double[(1,)](here.pin_memory(), out, N=4)
+assert out.tolist() == [0, 2, 4, 6]
+with pytest.raises(RuntimeError, match="cpu tensor"):
+    double[(1,)](here, out, N=4)
+
+WAITS = {
+    "item": lambda: there.sum().item(),
+    "nonzero": lambda: there.nonzero(),
+    "mask": lambda: there[there > 1],
+    "to the host": lambda: there.cpu(),
+    "from the host": lambda: here.cuda(),
+    "a number": lambda: torch.tensor(1.0, device="cuda"),
+    "indices of the host": lambda: there[torch.tensor([0, 1])],
+}
+torch.cuda.set_sync_debug_mode("error")
+for name, work in WAITS.items():
+    with pytest.raises(RuntimeError):
+        work()
+        pytest.fail(name)
+there.to("cuda").add_(0)
+torch.cuda.set_sync_debug_mode("default")
+pool = torch.cuda.graph_pool_handle()
+for name, work in {**WAITS, "pageable": lambda: there.copy_(here, non_blocking=True)}.items():
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+        work()
+        pytest.fail(name)
+
+def captured():
+    graph, found = torch.cuda.CUDAGraph(), torch.empty_like(there)
+    with torch.cuda.graph(graph, pool=pool):
+        double[(1,)](there, found, N=4)
+        sums = found.sum() + 1
+    return graph, sums
+
+(one, first), (other, second) = captured(), captured()
+one.replay()
+assert first.tolist() == 13
+there.add_(1)
+one.replay()
+assert first.tolist() == 21
+other.replay()
+assert second.tolist() == 21 and first.isnan().tolist()  # the pool's memory is the other's now
+weight = torch.nn.Linear(4, 3).to("cuda").weight
+with torch.autocast("cuda", torch.bfloat16):
+    made = torch.nn.functional.linear(there, weight)
+made.float().sum().backward()
+assert made.dtype == torch.bfloat16 and weight.grad.is_cuda
+"""
+
+
+def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "refusals.py").write_text(REFUSALS)  # Triton reads a kernel's source
+    printed(str(tmp_path / "refusals.py"))
+
+
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_capture_on_device.py", "ordinary or idmm-deit_tiny"),
+        ("test_on_device.py", "not million and not 112 and not 224 and not never"),
+        ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and M or waits or fp32"),
+    ],
+)
+def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
+    words = ("-m", "pytest", "-p", "pretended", "-p", "no:xdist", "-q", "-m", "gpu", "-k", chosen)
+    assert " passed" in printed(*words, str(TESTS / "gpu" / file))
+
+
+BENCH = """
+import pretended, torch
+from fastidmm.bench import step
+from synthetic import small_store
+whole = step.times_of
+step.times_of = lambda parts, repeats, steps, captured: whole(parts, 1, 1, captured)
+step.noise = lambda num, pictures: small_store(6)
+found = step.measure(
+    torch.device("cuda"), backbone="vit_micro", resolution=32, batch_size=4, quick=True
+)
+assert found["settings"]["captured_kinds"] == 3, found["settings"]
+assert set(found["tables"]["step"]) >= {"step", "one batch", "views", "backward", "update"}
+"""
+
+
+def test_a_step_is_measured() -> None:
+    printed("-c", BENCH)
+
+
+def test_a_run_from_the_store_to_the_report(toy: str, tmp_path: Path) -> None:
+    """Pretraining, both stages of fine-tuning, evaluation and report, by captured steps."""
+    table = ["finetune.resolution=32", "finetune.epochs=2", "finetune_high.resolution=40"]
+    options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
+    program = "import pretended; from fastidmm.__main__ import main; main()"
+    told = printed(
+        "-c", program, "run", "--dataset", toy, "--backbone", "vit_micro", "--resolution", "32",
+        "--batch-size", "10", "--epochs", "2", "--device", "cuda", "--run", "made", *options,
+    )  # fmt: skip
+    assert "loader resident" in told and "GPU's memory" in told
+    assert "captured" not in told, "steps of a kind could not be captured"
+    line = Record(tmp_path / "runs" / "made").metrics()[-1]
+    assert line["step"] == 4 and "knn_top1" in line
+    assert (tmp_path / "runs" / "made" / "report.html").exists()
