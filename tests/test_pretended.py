@@ -104,7 +104,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
-        ("test_capture_on_device.py", "ordinary or idmm-deit_tiny"),
+        ("test_capture_on_device.py", "ordinary"),
         ("test_on_device.py", "not million and not 112 and not 224 and not never"),
         ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and M or waits or fp32"),
     ],
