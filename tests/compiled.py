@@ -6,7 +6,9 @@ Run as a process of its own without TRITON_INTERPRET, which is read when a kerne
 no GPU and no torch device: ptxas and cuobjdump come with Triton.
 """
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +33,8 @@ class Build(NamedTuple):
     """A kernel as launched: types of its arguments in order, constants, options."""
 
     kernel: Any
-    arguments: dict[str, str]  # "*fp32" pointers and "i32:16" multiples of 16 are aligned
+    # "*fp32" pointers and "i32:16" multiples of 16 are aligned, "*fp32:1" are not.
+    arguments: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
 
@@ -148,11 +151,33 @@ def draw_builds(architecture: int) -> dict[str, Build]:
     }
 
 
+def launch_builds(architecture: int) -> dict[str, Build]:
+    """What a program launched on the pretended GPU, from the file that LAUNCHES names."""
+    found: dict[str, Build] = {}
+    for line in json.loads(Path(os.environ["LAUNCHES"]).read_text()):
+        module, name, given, keywords = json.loads(line)
+        kernel = getattr(importlib.import_module(module), name)
+        options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
+        given |= {k: v for k, v in keywords.items() if k in kernel.arg_names}
+        arguments = {}
+        for parameter in kernel.params:
+            if isinstance(given[parameter.name], str) and not parameter.is_constexpr:
+                kind = given.pop(parameter.name)
+                told = parameter.annotation_type or kind.split(":")[0]
+                arguments[parameter.name] = ":".join((told, *kind.split(":")[1:]))
+        found[f"{name} {len(found)}"] = Build(kernel, arguments, given, options)
+    return found
+
+
 def built(build: Build, architecture: int) -> dict[str, int]:
     """Registers, bytes of stack and of shared memory, and the instructions that matter."""
     names = build.kernel.arg_names
     signature = {n: build.arguments.get(n, "constexpr").split(":")[0] for n in names}
-    aligned = [n for n, kind in build.arguments.items() if kind[0] == "*" or kind.endswith(":16")]
+    aligned = [
+        name
+        for name, kind in build.arguments.items()
+        if kind.endswith(":16") or (kind[0] == "*" and not kind.endswith(":1"))
+    ]
     source = ASTSource(
         fn=build.kernel,
         signature=signature,
@@ -180,7 +205,10 @@ def built(build: Build, architecture: int) -> dict[str, int]:
     }
 
 
-KINDS = {"rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds}
+KINDS = {
+    "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
+    "launches": launch_builds,
+}  # fmt: skip
 
 
 def main() -> None:

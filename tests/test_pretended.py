@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_compiled_kernels import compiled
 
 from fastidmm.record import Record
 
@@ -133,13 +134,29 @@ def test_a_step_is_measured() -> None:
     printed("-c", BENCH)
 
 
-def test_a_run_from_the_store_to_the_report(toy: str, tmp_path: Path) -> None:
-    """Pretraining, both stages of fine-tuning, evaluation and report, by captured steps."""
+RUN = """
+import atexit, json, pathlib
+import pretended
+from pretended.tensors import State
+from fastidmm.__main__ import main
+
+told = pathlib.Path("launches.json")
+atexit.register(lambda: told.write_text(json.dumps(sorted(State.launches))))
+main()
+"""
+
+
+def test_a_run_from_the_store_to_the_report(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pretraining, both stages of fine-tuning, evaluation and report, by captured steps.
+
+    Whatever kernel it launched compiles for a GPU with the arguments it was launched with.
+    """
     table = ["finetune.resolution=32", "finetune.epochs=2", "finetune_high.resolution=40"]
     options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
-    program = "import pretended; from fastidmm.__main__ import main; main()"
     told = printed(
-        "-c", program, "run", "--dataset", toy, "--backbone", "vit_micro", "--resolution", "32",
+        "-c", RUN, "run", "--dataset", toy, "--backbone", "vit_micro", "--resolution", "32",
         "--batch-size", "10", "--epochs", "2", "--device", "cuda", "--run", "made", *options,
     )  # fmt: skip
     assert "loader resident" in told and "GPU's memory" in told
@@ -147,3 +164,8 @@ def test_a_run_from_the_store_to_the_report(toy: str, tmp_path: Path) -> None:
     line = Record(tmp_path / "runs" / "made").metrics()[-1]
     assert line["step"] == 4 and "knn_top1" in line
     assert (tmp_path / "runs" / "made" / "report.html").exists()
+    monkeypatch.setenv("LAUNCHES", str(tmp_path / "launches.json"))
+    builds = compiled("launches", "90")
+    kernels = {title.split()[0] for _, title, _ in builds}
+    assert kernels == {"draws", "words", "resize", "means", "finish", "row_kernel"}
+    assert all(use["stack"] == 0 for *_, use in builds), builds

@@ -19,18 +19,25 @@ def _launchable(values: Any) -> Any:
     return [value.held.detach() if isinstance(value, Pretended) else value for value in values]
 
 
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
 def launched(kernel: Any, args: Any, kwargs: Any) -> str:
-    """What Triton compiles a kernel for: types, alignments and constants."""
+    """What Triton compiles a kernel for, as `compiled.py` reads it: JSON."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor):
             held = bare(value)
-            return ["*", str(held.dtype).removeprefix("torch."), held.data_ptr() % 16 == 0]
+            return f"*{TYPES[held.dtype]}" + ("" if held.data_ptr() % 16 == 0 else ":1")
         if isinstance(value, int) and not isinstance(value, bool) and value != 1:
-            return ["i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0]
-        return ["fp32"] if isinstance(value, float) else value
+            bits = 32 if -(2**31) <= value < 2**31 else 64
+            return f"i{bits}" + (":16" if value % 16 == 0 else "")
+        return "fp32" if isinstance(value, float) else value
 
-    given = {**dict(zip(kernel.arg_names, map(kind, args), strict=False))}
+    given = dict(zip(kernel.arg_names, map(kind, args), strict=False))
     return json.dumps([kernel.fn.__module__, kernel.fn.__name__, given, kwargs], sort_keys=True)
 
 

@@ -21,7 +21,7 @@ class State:
 
     recording: Recorded | None = None  # the capture under way
     may_wait = True
-    launches: ClassVar[set[str]] = set()  # as JSON: kernels with what they would be compiled for
+    launches: ClassVar[set[str]] = set()  # kernels, and what a GPU's would be compiled for
 
 
 class Pretended(Tensor):
