@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 import pytest
 from test_compiled_kernels import compiled
@@ -14,7 +15,12 @@ from test_compiled_kernels import compiled
 from fastidmm.record import Record
 
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or which("g++") is None, reason="needs Linux and a C++ compiler"
+    ),
+]
 
 
 def printed(*words: str, seconds: float = 900) -> str:
@@ -67,6 +73,11 @@ for name, work in WAITS.items():
         work()
         pytest.fail(name)
 there.to("cuda").add_(0)
+torch.use_deterministic_algorithms(True)
+there.long().cumsum(0)
+with pytest.raises(RuntimeError, match="deterministic"):
+    there.cumsum(0)
+torch.use_deterministic_algorithms(False)
 torch.cuda.set_sync_debug_mode("default")
 pool = torch.cuda.graph_pool_handle()
 for name, work in {**WAITS, "pageable": lambda: there.copy_(here, non_blocking=True)}.items():

@@ -12,6 +12,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 
 
+# Refused on a GPU by deterministic algorithms; some of them of numbers with a point alone.
+CHANCY = {
+    "aten::_adaptive_avg_pool2d_backward", "aten::adaptive_max_pool2d_backward",
+    "aten::upsample_linear1d_backward", "aten::upsample_bilinear2d_backward",
+    "aten::upsample_bicubic2d_backward", "aten::reflection_pad2d_backward",
+    "aten::replication_pad2d_backward", "aten::grid_sampler_2d_backward", "aten::put_",
+    "aten::histc", "aten::kthvalue", "aten::median", "aten::cumsum",
+}  # fmt: skip
+
+
 class Refused(RuntimeError):
     """As CUDA, cuBLAS or Triton would."""
 
@@ -89,6 +99,9 @@ def on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
     if {name, full} & WAITING or masks:
         wait(full)
+    chancy = name in CHANCY and (name != "aten::cumsum" or args[0].is_floating_point())
+    if chancy and torch.are_deterministic_algorithms_enabled():
+        raise Refused(f"{full} does not have a deterministic implementation")
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor) and not isinstance(tensor, Pretended) and tensor.dim():
             if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
