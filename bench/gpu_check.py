@@ -71,10 +71,24 @@ def gpu_tests() -> dict[str, Any]:
 
 
 def loader_time(photos: Path, device: torch.device) -> dict[str, Any]:
-    """Every loader over the photographs; DALI and its own pipeline with and without a cache."""
+    """Every loader over the photographs; DALI and its own pipeline with and without a cache.
+
+    And the plain loop: torch's loader, steps in fp32, one operation at a time.
+    """
     cached = [loader.Arm(f"{name}, cache", name, (("cache", CACHE),)) for name in ("dali", STOCK)]
-    chosen = [*loader.arms(), *cached]
+    plain = loader.Arm("torch, fp32", "torch", run=(("precision", "fp32"), ("capture", False)))
+    chosen = [*loader.arms(), *cached, plain]
     return loader.measure(device, quick=True, chosen=chosen, photographs=photos)
+
+
+def within_24_gb(device: torch.device) -> dict[str, Any]:
+    """Fine-tuning DeiT-Base at 448 px by 128 images, in as many parts as 24 GB ask for."""
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(24e9 / whole)
+    return step.measure(
+        device, quick=True, method="supervised", backbone="deit_base", resolution=448,
+        batch_size=128,
+    )  # fmt: skip
 
 
 def real_run(out: Path, photos: Path) -> dict[str, Any]:
@@ -129,7 +143,15 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
         "step_448": (
             90, lambda: step.measure(device, resolution=448, batch_size=128, **high)
         ),
-        "loaders": (180, lambda: loader_time(photos, device)),
+        "step_simclr": (
+            90,
+            lambda: step.measure(
+                device, quick=True, method="simclr", backbone="timm:vit_small_patch16_224",
+                resolution=224, batch_size=256,
+            ),
+        ),
+        "memory": (120, lambda: within_24_gb(device)),
+        "loaders": (240, lambda: loader_time(photos, device)),
     }  # fmt: skip
 
 

@@ -53,11 +53,12 @@ MADE_UP = "made-up"
 
 
 class Arm(NamedTuple):
-    """A row: a loader and its table `[loader]`."""
+    """A row: a loader and its table `[loader]`, and what training by it has in `[run]`."""
 
     name: str
     loader: str
     options: tuple[tuple[str, Any], ...] = ()
+    run: tuple[tuple[str, Any], ...] = ()
 
 
 class Plan(NamedTuple):
@@ -248,7 +249,8 @@ class Child:
 def started(arm: Arm, settings: dict[str, Any], place: Path) -> Iterator[Child]:
     """A process with a loader in it, and a folder of its own; ended with all below it."""
     place.mkdir()
-    told = {"loader": arm.loader, "options": dict(arm.options), "work": str(place)} | settings
+    own = {"loader": arm.loader, "options": dict(arm.options), "run": dict(arm.run)}
+    told = own | {"work": str(place)} | settings
     alone = {"OMP_NUM_THREADS": "1"} if settings["device"] == "cpu" else {}
     with (place / "stderr").open("w") as stderr:
         began = time.monotonic()

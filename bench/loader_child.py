@@ -136,14 +136,16 @@ class Child:
         """All that training takes, in the place of the loader alone."""
         told = self.settings
         names = ("dataset", "backbone", "loader", "batch_size", "resolution", "device")
-        tables = {"run": {name: told[name] for name in names}, "loader": told["options"]}
+        run = {name: told[name] for name in names} | told["run"]
+        tables = {"run": run, "loader": told["options"]}
         del self.loader, self.open
         self.parts = assembled(tables, self.store, Path(told["work"]))
         return self.parts
 
     def _on_one(self, parts: Parts, batch: Batch) -> Iterator[Stepped]:
         """Steps on a batch again and again, made as a run makes them."""
-        captured = Captured(parts) if self.device.type == "cuda" else None
+        capture = self.device.type == "cuda" and parts.recipe.run.capture
+        captured = Captured(parts) if capture else None
         while True:
             yield captured.step(0, batch) if captured else step(parts, batch)
 
