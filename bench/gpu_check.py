@@ -111,7 +111,7 @@ def real_run(out: Path, photos: Path, epochs: int, tuning: int) -> dict[str, Any
         found = run_all(Recipe.of(tables), str(folder))
     finally:  # an evaluation that fails leaves what was learnt
         if (folder / "metrics.jsonl").exists():
-            shutil.copy(folder / "metrics.jsonl", out / "metrics.jsonl")
+            shutil.copy(folder / "metrics.jsonl", out / f"metrics_{epochs}.jsonl")
     metrics = Record(folder).metrics()
     return {
         "images": summary.num_train,

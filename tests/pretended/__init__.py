@@ -1,8 +1,8 @@
 """A GPU's stand-in for whole programs: tensors that say they are on one, and compute on the CPU.
 
-    python -m pytest -p pretended -m gpu tests/gpu
+    PYTHONPATH=tests python -m pytest -p pretended -m gpu tests/gpu/FILE -k NAME
 
-Loaded before torch. What runs then takes every branch that a GPU takes, and what a GPU would refuse
+Loaded before torch. What runs then takes the branches that a GPU takes, and what a GPU would refuse
 is refused: operands on two devices, a kernel given memory it cannot reach, waiting for the device
 where that was forbidden, anything that a capture cannot hold. Kernels are interpreted, graphs are
 `recorded.Recorded`. What it cannot show: speed, rounding, races, a kernel's resources.

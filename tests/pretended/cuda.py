@@ -127,7 +127,7 @@ def install() -> None:
         "get_device_properties": properties, "mem_get_info": (MEMORY, MEMORY),
         "memory_allocated": 0, "max_memory_allocated": 0, "max_memory_reserved": 0,
         "memory_reserved": 0, "power_draw": 100_000, "is_bf16_supported": True,
-        "get_arch_list": ["sm_90"], "graph_pool_handle": None, "current_stream": Stream(),
+        "get_arch_list": ["sm_90"], "current_stream": Stream(),
         "default_stream": Stream(), "_lazy_init": None, "_is_in_bad_fork": False,
     }  # fmt: skip
     for name, answer in answers.items():
