@@ -13,10 +13,11 @@ where that was forbidden, anything that a capture cannot hold. Kernels are inter
 import ctypes
 import os
 import subprocess
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -43,6 +44,17 @@ from pretended.cuda import install
 
 install()
 
+
+def leave(status: int = 0) -> NoReturn:
+    """End the process at once: autograd's thread for the device may not outlive Python's own end.
+
+    At an ordinary end it asks for the interpreter now and then, and the process is aborted.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 # Sizes of the GPU's tests that an interpreter gets through.
 SMALLER = {"test_capture_on_device": {"NUM": 5, "BATCH": 3, "STEPS": 12}}
 
@@ -52,3 +64,16 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         for name, value in SMALLER.get(item.module.__name__.split(".")[-1], {}).items():
             setattr(item.module, name, value)
+
+
+STATUS = [0]
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """As pytest calls it, before all is said."""
+    STATUS[0] = int(exitstatus)
+
+
+def pytest_unconfigure() -> None:
+    """As pytest calls it, after all is said."""
+    leave(STATUS[0])
