@@ -95,7 +95,12 @@ def below(words: Tensor, limit: Tensor | int) -> Tensor:
 
 def happens(words: Tensor, probability: float) -> Tensor:
     """Words to booleans, true with the probability given."""
-    return words < round(probability * 2**32)
+    return words < limit(probability)
+
+
+def limit(probability: float) -> int:
+    """Words below it are that probable."""
+    return round(probability * 2**32)
 
 
 def permutation(words: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastidmm.chance import Counters, Use, happens, philox
+from fastidmm.chance import Counters, Use, happens, limit, philox
 from fastidmm.errors import UsageError
 
 # Modules of other kinds that draw in training: what a backbone may not hold after replacement.
@@ -11,22 +11,34 @@ DRAWING = ("drop", "noise", "stochastic")
 
 
 class PathWords:
-    """The words of all drop-paths of a model, drawn together before a forward pass.
+    """What drop-path makes of each crop in every block, drawn together before a forward pass.
 
     One by one they would be some two hundred small operations a block; and a compiled model finds
-    them there, as numbers that it is given.
+    them there, as numbers that it is given, so that blocks of one shape are one program.
     """
 
     def __init__(self, counters: Counters) -> None:
-        self.counters, self.num_blocks = counters, 0
-        self.drawn = torch.zeros(0, 0)  # (C, blocks) int64
+        self.counters, self.paths = counters, list[DropPath]()
+        self._limits = self._stay = torch.zeros(0)
 
     def draw(self) -> None:
         """For the crops that come next, as the counters tell."""
+        if not self.paths:
+            return
         state = self.counters
-        blocks = torch.arange(self.num_blocks, device=state.place.device)
-        counter = (state.step, state.place[:, None], blocks, 0)
-        self.drawn = philox(counter, state.key(Use.DROP))[..., 0]
+        device = state.place.device
+        num_blocks = 1 + max(path.block for path in self.paths)
+        if len(self._limits) != num_blocks or self._limits.device != device:
+            rates = [0.0] * num_blocks
+            for path in self.paths:
+                rates[path.block] = path.p
+            self._limits = torch.tensor([limit(rate) for rate in rates], device=device)[:, None]
+            self._stay = torch.tensor([1 - rate for rate in rates], device=device)[:, None]
+        counter = (state.step, state.place, torch.arange(num_blocks, device=device)[:, None], 0)
+        words = philox(counter, state.key(Use.DROP))[..., 0]
+        scales = (words >= self._limits).float() / self._stay  # (blocks, C)
+        for path in self.paths:
+            path.scale = scales[path.block]
 
 
 class DropPath(nn.Module):
@@ -37,17 +49,16 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float, block: int, words: PathWords) -> None:
         super().__init__()
-        self.p, self.block, self.words = p, block, words
-        words.num_blocks = max(words.num_blocks, block + 1)
+        self.p, self.block, self.idle = p, block, p == 0
+        self.scale = torch.zeros(0)  # of each crop that comes next: (C,) float32, 0 or 1 / (1 - p)
+        words.paths.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (C, ...): zero for dropped crops, x / (1 - p) for the others, while training."""
-        if not self.training or self.p == 0:
+        if not self.training or self.idle:
             return x
-        words = self.words.drawn[:, self.block]
-        assert len(words) == len(x), "say which crops come next: Encoder.set_place"
-        keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)
-        return x * keep.view(-1, *[1] * (x.ndim - 1))
+        assert len(self.scale) == len(x), "say which crops come next: Encoder.set_place"
+        return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class Dropout(nn.Module):
