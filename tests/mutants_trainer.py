@@ -5,6 +5,7 @@
 CAPTURE = "fastidmm/capture.py"
 PLAN, BATCH, LOSS = "fastidmm/plan.py", "fastidmm/batch.py", "kernels/instance_loss.py"
 LOADER, DROP = "fastidmm/loaders/planned.py", "fastidmm/backbones/drop.py"
+BLOCKS = "fastidmm/backbones/blocks.py"
 BUILD, ASSEMBLE = "fastidmm/backbones/build.py", "fastidmm/assemble.py"
 IDMM, SUPERVISED = "fastidmm/methods/idmm.py", "fastidmm/methods/supervised.py"
 OPTIM, STEP, TRAIN = "fastidmm/optim.py", "fastidmm/step.py", "fastidmm/train.py"
@@ -59,9 +60,13 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "smoothing over N - 1": ((LOSS, "instance_loss " + IDMM_IS), [("smoothing * logits.mean(dim=1)", "smoothing * logits.sum(dim=1) / max(logits.shape[1] - 1, 1)")]),
     "loss in bf16": ((LOSS, "instance_loss"), [("torch.autocast(z.device.type, enabled=False)", "torch.autocast(z.device.type, torch.bfloat16)")]),
     "drop-path by the place in the micro-batch": ((BATCH, SUM), [("set_place(places)", "set_place(torch.arange(len(places)))")]),
-    "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p))", "keep = (~happens(words[:1], self.p).expand(len(x)))")]),
-    "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("keep = (~happens(words, self.p)).to(x.dtype) / (1 - self.p)", "keep = (~happens(words, self.p)).to(x.dtype)")]),
-    "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.p == 0", "if self.p == 0")]),
+    "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("(words >= self._limits)", "(words >= self._limits)[:, :1].expand(words.shape)")]),
+    "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [(".float() / self._stay", ".float()")]),
+    "drop-path of a neighbouring block": ((DROP, "backbones::test_paths_are_drawn_together"), [("scales[path.block]", "scales[path.block - 1]")]),
+    "the last block's other tokens for its class token": ((BLOCKS, "blocks"), [("(x[:, :1] if self.alone else x)", "(x[:, -1:] if self.alone else x)")]),
+    "keys for values": ((BLOCKS, "blocks"), [("            k, v = functional", "            v, k = functional")]),
+    "the class token alone where others are asked for": ((BLOCKS, "blocks"), [("pooled == (\"token\", None) and getattr(model, \"num_prefix_tokens\", 0) == 1", "True")]),
+    "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.idle", "if self.idle")]),
     "drop-path the same every step": ((STEP, "step::test_every_step_draws_by_its_own_number"), [("    parts.counters.step = batch.step\n", "")]),
     # The update.
     "warm-up by the step": ((OPTIM, COSINE), [("torch.where(epoch < warmup", "torch.where(step < warmup")]),

@@ -52,7 +52,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.words = PathWords(counters)
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        self.model, self.counters = draw_from_counters(model, self.words), counters
+        from fastidmm.backbones.blocks import lighten
+
+        self.model, self.counters = lighten(draw_from_counters(model, self.words)), counters
         # Where a head has hidden layers, what comes before the classifier is wider or narrower.
         width = getattr(model, "head_hidden_size", None) or model.num_features
         self.num_features = int(width)  # type: ignore[arg-type]

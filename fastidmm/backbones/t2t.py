@@ -126,6 +126,7 @@ class T2TViT(nn.Module):
 
         super().__init__()
         self.num_classes, self.num_features = num_classes, embed_dim
+        self.global_pool, self.num_prefix_tokens = "token", 1  # as timm says that of its own
         self.tokens_to_token = TokensToToken(in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         side = img_size if isinstance(img_size, int) else img_size[0]  # timm's own is a pair
