@@ -43,6 +43,7 @@ LOADERS = {
     "torch": "fastidmm.loaders.torch:Torch",
 }
 KERNELS = {
+    "add_norm": "fastidmm.kernels.add_norm:add_norm",
     "draws": "fastidmm.kernels.draws:draws",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "views": "fastidmm.kernels.views:views",

@@ -20,7 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastidmm.kernels import draws, draws_program, views, views_programs, words, words_program
+from fastidmm.kernels import (
+    add_norm,
+    add_norm_program,
+    draws,
+    draws_program,
+    views,
+    views_programs,
+    words,
+    words_program,
+)
 from fastidmm.kernels import instance_loss_rows as rows
 from fastidmm.kernels import instance_loss_stream as stream
 from fastidmm.kernels import instance_loss_tiles as tiles
@@ -120,6 +129,25 @@ def view_builds(architecture: int) -> dict[str, Build]:
     return found
 
 
+def norm_builds(architecture: int) -> dict[str, Build]:
+    """Sums and norms of tokens as wide as backbones have them, fp32 with branches in bf16."""
+    found = {}
+    for width in (128, 192, 384, 768):
+        sizes = {
+            "*fp32": "X SCALE WEIGHT BIAS TOTAL MEAN RSTD D_TOTAL D_X D_WEIGHT D_BIAS",
+            "*bf16": "BRANCH NORMED D_NORMED D_BRANCH",
+            "i32": "num tokens",
+            "fp32": "eps",
+        }
+        arguments = {name: kind for kind, names in sizes.items() for name in names.split()}
+        for name in ("forward", "backward"):
+            kernel = getattr(add_norm_program, f"{name}_kernel")
+            own = {key: kind for key, kind in arguments.items() if key in kernel.arg_names}
+            constants, options = add_norm.shape_of(width), {"num_warps": add_norm.WARPS}
+            found[f"{name} D = {width}"] = Build(kernel, own, constants, options)
+    return found
+
+
 def draw_builds(architecture: int) -> dict[str, Build]:
     """The draws of pretraining and of fine-tuning."""
     kinds = {
@@ -207,6 +235,7 @@ def built(build: Build, architecture: int) -> dict[str, int]:
 
 KINDS = {
     "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
+    "norms": norm_builds,
     "launches": launch_builds,
 }  # fmt: skip
 

@@ -9,9 +9,22 @@ TILES = "kernels/instance_loss_tiles.py", "instance_loss_stream"
 STREAM = "kernels/instance_loss_stream.py", "instance_loss_stream"
 VIEWS, VIEWS_CALL = ("kernels/views_programs.py", "views"), ("kernels/views.py", "views")
 DRAWS, DRAWS_CALL = ("kernels/draws_program.py", "draws"), ("kernels/draws.py", "draws")
+NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_norm.py", "add_norm")
 VIEWS_CPU, WORDS = ("kernels/views_cpu.py", "views_cpu"), ("kernels/words.py", "chance")
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
+    "norm of the branch without its factor": (NORMS, [("            y *= tl.load(SCALE", "            y *= 0 + 0 * tl.load(SCALE")]),
+    "norm of the tokens alone": (NORMS, [("        x = total.to(tl.float32)\n", "")]),
+    "pad counted in the variance": (NORMS, [("tl.where(here, x - mean[:, None], 0.0)", "x - mean[:, None]")]),
+    "norm's gradient without its mean": (NORMS, [("g - along[:, None] - x", "g - x")]),
+    "norm's gradient without its spread": (NORMS, [(" - x * across[:, None])", ")")]),
+    "the sum's own gradient left out": (NORMS, [("            d_x += tl.load(D_TOTAL", "            d_x += 0 * tl.load(D_TOTAL")]),
+    "a branch's gradient without its factor": (NORMS, [("                d_x *= tl.load(SCALE", "                d_x *= 1 + 0 * tl.load(SCALE")]),
+    "the factor of another crop": (NORMS, [("row // tokens", "row % tokens")]),
+    "weight's gradient from one turn": (NORMS, [("d_weight += g * x", "d_weight = g * x")]),
+    "bias's gradient with the weight": (NORMS, [("        d_bias += g\n        g *= weight[None, :]\n", "        g *= weight[None, :]\n        d_bias += g\n")]),
+    "one program's share of the gradient": (NORMS_CALL, [("shares.sum(1)", "shares[:, 0]")]),
+    "sum in the branch's type": (NORMS_CALL, [("torch.promote_types(x.dtype, branch.dtype)", "branch.dtype")]),
     "gradient without smoothing": (ROWS, [(" - w * (smoothing / num)\n", "\n")]),
     "loss without smoothing": (ROWS, [(" - tl.where(soft == 0, 0.0, soft * q)", "")]),
     "smoothing over N - 1 (gradient)": (

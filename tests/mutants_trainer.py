@@ -63,9 +63,9 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "drop-path of the whole batch": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [("(words >= self._limits)", "(words >= self._limits)[:, :1].expand(words.shape)")]),
     "drop-path not scaled up": ((DROP, "backbones::test_drops_keep_their_share_and_scale_the_rest"), [(".float() / self._stay", ".float()")]),
     "drop-path of a neighbouring block": ((DROP, "backbones::test_paths_are_drawn_together"), [("scales[path.block]", "scales[path.block - 1]")]),
-    "the last block's other tokens for its class token": ((BLOCKS, "blocks"), [("(x[:, :1] if self.alone else x)", "(x[:, -1:] if self.alone else x)")]),
-    "keys for values": ((BLOCKS, "blocks"), [("            k, v = functional", "            v, k = functional")]),
-    "the class token alone where others are asked for": ((BLOCKS, "blocks"), [("pooled == (\"token\", None) and getattr(model, \"num_prefix_tokens\", 0) == 1", "True")]),
+    "the last block's other tokens for its class token": ((BLOCKS, "blocks"), [("_joined(x[:, :1] if", "_joined(x[:, -1:] if")]),
+    "keys for values": ((BLOCKS, "blocks"), [("        k, v = functional", "        v, k = functional")]),
+    "the class token alone where others are asked for": ((BLOCKS, "blocks"), [("pooled == (\"token\", None) and only_token", "True")]),
     "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.idle", "if self.idle")]),
     "drop-path the same every step": ((STEP, "step::test_every_step_draws_by_its_own_number"), [("    parts.counters.step = batch.step\n", "")]),
     # The update.

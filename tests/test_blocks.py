@@ -1,4 +1,4 @@
-"""A vision transformer's light blocks against timm's own, in float64."""
+"""A vision transformer's blocks, gone through lightly, against timm's own way, in float64."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastidmm.backbones.blocks import LightBlock, lighten
+from fastidmm.backbones.blocks import LightBlocks, LightStage, lighten
 from fastidmm.backbones.build import backbone
 from fastidmm.backbones.drop import PathWords, draw_from_counters
 from fastidmm.chance import Counters
@@ -35,8 +35,9 @@ def made(name: str, shape: dict[str, Any]) -> tuple[nn.Module, PathWords]:
     """A model in training, in float64, its weights far from what they begin with."""
     torch.manual_seed(0)
     words = PathWords(Counters(3, step=5, place=torch.tensor([4, 0, 9, 2])))
+    given = {key: value for key, value in (SMALL | shape).items() if value is not None}
     backbone("t2t_vit_7")  # timm knows it from here on
-    model = draw_from_counters(timm.create_model(name, **SMALL | shape), words).train().double()
+    model = draw_from_counters(timm.create_model(name, **given), words).train().double()
     for param in model.parameters():
         param.data.add_(torch.randn_like(param), alpha=0.1)
     return model, words
@@ -56,8 +57,7 @@ def test_features_and_gradients_are_timms(kind: str) -> None:
     name, shape, alone = MADE[kind]
     model, words = made(name, shape)
     light: Any = lighten(copy.deepcopy(model))
-    assert all(type(block) is LightBlock for block in light.blocks)
-    assert [b.alone for b in light.blocks] == [False] * (len(light.blocks) - 1) + [alone]
+    assert type(light.blocks) is LightBlocks and light.blocks.alone == alone
     assert light.state_dict().keys() == model.state_dict().keys()
     side = shape.get("img_size", 48)
     expected = passed(model, words, side)
@@ -68,10 +68,21 @@ def test_features_and_gradients_are_timms(kind: str) -> None:
         torch.testing.assert_close(ours, timms, rtol=1e-9, atol=1e-12)
 
 
+def test_a_pyramids_maps_and_gradients_are_timms() -> None:
+    shape = {"img_size": None, "depth": None, "depths": (2, 1, 1, 2)}
+    model, words = made("pvt_v2_b0", shape)
+    light: Any = lighten(copy.deepcopy(model))
+    assert all(type(stage) is LightStage for stage in light.stages)
+    expected = passed(model, words, 64)
+    words.paths = [m for m in light.modules() if type(m).__name__ == "DropPath"]
+    assert len(words.paths) == 10  # the first block drops nothing
+    for ours, timms in zip(passed(light, words, 64), expected, strict=True):
+        torch.testing.assert_close(ours, timms, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("pvt_v2_b0", {"drop_path_rate": 0.0}),
         ("vit_tiny_patch16_224", {"qk_norm": True}),
         ("beit_base_patch16_224", {}),
         ("cait_xxs24_224", {}),
@@ -81,7 +92,10 @@ def test_other_blocks_stay_as_they_are(name: str, shape: dict[str, Any]) -> None
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0, **shape)
     kinds = [type(m) for m in model.modules()]
-    assert [type(m) for m in lighten(model).modules()] == kinds and LightBlock not in kinds
+    assert [type(m) for m in lighten(model).modules()] == kinds and not {
+        LightBlocks,
+        LightStage,
+    } & set(kinds)
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,12 @@ def test_tile_kernels(architecture: str) -> None:
         # Blocks of 64 rows and more are what the newer instructions take.
         newer = architecture in ("90", "100") and title in ("forward D = 192", "weight D = 192")
         assert use["warpgroup"] > 0 or not newer, where
+
+
+def test_sums_and_norms() -> None:
+    builds = compiled("norms", *SHARED)
+    assert len(builds) == 5 * 2 * 4
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0 and use["registers"] <= 96, where
+        assert use["vector_loads"] >= 3 and use["vector_stores"] >= 3, where

@@ -119,6 +119,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
     [
         ("test_capture_on_device.py", "ordinary"),
         ("test_on_device.py", "not million and not 112 and not 224 and not never"),
+        ("test_norms_on_device.py", "bits or bit or 48 or 65 or 128"),
         ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and M or waits or fp32"),
     ],
 )

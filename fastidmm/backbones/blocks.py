@@ -1,70 +1,147 @@
-"""timm's blocks of a plain vision transformer: the same result from less work.
+"""Blocks of vision transformers, timm's in all but the way they are gone through.
 
-Where a model gives nothing but its class token, its last block makes nothing else: queries,
-projection and hidden layer of the other tokens are read by nobody. And the gradients of queries,
-keys and values are put together in the order that their product has them in, so that no copy is
-needed.
+Where a branch joins the tokens, sum and norm are one operation (`kernels/add_norm.py`). Where a
+model gives nothing but its class token, its last block makes nothing else: queries, projection and
+hidden layer of the other tokens are read by nobody. And the gradients of queries, keys and values
+are put together in the order that their product has them in, so that no copy is needed.
 """
 
 # ruff: noqa: E402
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastidmm.backbones.drop import DropPath
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
+from fastidmm.kernels.add_norm import add_norm
 
 make_torchvision_importable()
-from timm.models.vision_transformer import Attention, Block
+from timm.models import pvt_v2
+from timm.models import vision_transformer as vit
 
 
-class LightBlock(Block):  # type: ignore[misc]
-    """timm's block with its weights and their names; of the last one, the class token alone."""
+class LightBlocks(nn.Sequential):
+    """Blocks in a row: tokens (C, L, D) to (C, L, D), or (C, 1, D) where one is wanted `alone`."""
 
     alone = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (C, L, D) to (C, L, D), or to (C, 1, D) where the class token is `alone`."""
-        mixed = self.drop_path1(self.ls1(self._attended(self.norm1(x))))
-        x = (x[:, :1] if self.alone else x) + mixed
-        passed: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return passed
+        """What timm's blocks make of the tokens, one after the other."""
 
-    def _attended(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        shape = (attn.num_heads, attn.head_dim)
-        if self.alone:
-            weight, bias = attn.qkv.weight, attn.qkv.bias
-            sizes = [len(weight) // 3, len(weight) // 3 * 2]
-            first, others = weight.split(sizes)
-            biases = (None, None) if bias is None else bias.split(sizes)
-            q = functional.linear(x[:, :1], first, biases[0]).unflatten(2, shape)
-            k, v = functional.linear(x, others, biases[1]).unflatten(2, (2, *shape)).unbind(2)
-        else:
-            q, k, v = attn.qkv(x).unflatten(2, (3, *shape)).unbind(2)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (C, heads, L, D / heads)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).flatten(2)))
-        return projected
+        def attention(block: Any, normed: Tensor, *, alone: bool) -> Tensor:
+            mixed: Tensor = block.ls1(attended(block.attn, normed, alone=alone))
+            return mixed
+
+        def hidden(block: Any, normed: Tensor) -> Tensor:
+            made: Tensor = block.ls2(block.mlp(normed))
+            return made
+
+        return through(self, x, attention, hidden, alone=self.alone)
+
+
+class LightStage(pvt_v2.PyramidVisionTransformerStage):  # type: ignore[misc]
+    """A stage of a pyramid vision transformer: maps to maps of fewer tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's: (C, D, S, S), in the first stage (C, S, S, D), to (C, D, S, S)."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        size = x.shape[1:3]
+
+        def attention(block: Any, normed: Tensor, *, alone: bool) -> Tensor:
+            mixed: Tensor = block.attn(normed, size)
+            return mixed
+
+        def hidden(block: Any, normed: Tensor) -> Tensor:
+            made: Tensor = block.mlp(normed, size)
+            return made
+
+        tokens = self.norm(through(self.blocks, x.flatten(1, 2), attention, hidden))
+        maps: Tensor = tokens.unflatten(1, size).permute(0, 3, 1, 2).contiguous()
+        return maps
+
+
+def through(
+    blocks: Iterable[Any],
+    x: Tensor,
+    attention: Callable[..., Tensor],
+    hidden: Callable[[Any, Tensor], Tensor],
+    *,
+    alone: bool = False,
+) -> Tensor:
+    """Tokens (C, L, D) through blocks: (C, L, D), or (C, 1, D) for the first `alone`.
+
+    `attention` and `hidden` are a block's two branches, given normalised tokens.
+    """
+    blocks = list(blocks)
+    x, normed = _joined(x, None, blocks[0].norm1)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        narrow = alone and following is None
+        mixed = attention(block, normed, alone=narrow)
+        x, normed = _joined(x[:, :1] if narrow else x, mixed, block.norm2, block.drop_path1)
+        mixed = hidden(block, normed)
+        if following is None:
+            break
+        x, normed = _joined(x, mixed, following.norm1, block.drop_path2)
+    passed: Tensor = x + block.drop_path2(mixed)
+    return passed
+
+
+def _joined(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, path: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens with what a branch adds to them, and those normalised."""
+    scale = path.of(x) if isinstance(path, DropPath) else None
+    return add_norm(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
+
+
+def attended(attn: vit.Attention, x: Tensor, *, alone: bool = False) -> Tensor:
+    """Attention among normalised tokens (C, L, D), for all of them or the first `alone`."""
+    shape = (attn.num_heads, attn.head_dim)
+    if alone:
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        sizes = [len(weight) // 3, len(weight) // 3 * 2]
+        first, others = weight.split(sizes)
+        biases = (None, None) if bias is None else bias.split(sizes)
+        q = functional.linear(x[:, :1], first, biases[0]).unflatten(2, shape)
+        k, v = functional.linear(x, others, biases[1]).unflatten(2, (2, *shape)).unbind(2)
+    else:
+        q, k, v = attn.qkv(x).unflatten(2, (3, *shape)).unbind(2)
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (C, heads, L, D / heads)
+    mixed = functional.scaled_dot_product_attention(q, k, v)
+    projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).flatten(2)))
+    return projected
 
 
 def lighten(model: nn.Module) -> nn.Module:
-    """Let a plain vision transformer's blocks be light ones; any other model stays as it is."""
+    """Let a model's blocks be gone through so, where they are of these kinds."""
     blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.Sequential) and all(map(_plain, blocks)):
-        for block in blocks:
-            block.__class__ = LightBlock
-        blocks[-1].alone = _gives_class_token_alone(model)  # type: ignore[assignment]
+    if type(blocks) is nn.Sequential and all(map(_plain, blocks)):
+        blocks.__class__ = LightBlocks
+        pooled = getattr(model, "global_pool", ""), getattr(model, "attn_pool", None)
+        only_token = getattr(model, "num_prefix_tokens", 0) == 1
+        blocks.alone = pooled == ("token", None) and only_token  # type: ignore[assignment]
+    stages: list[Any] = list(model.modules())
+    for stage in stages:
+        if type(stage) is pvt_v2.PyramidVisionTransformerStage and all(map(_joins, stage.blocks)):
+            stage.__class__ = LightStage
     return model
 
 
 def _plain(block: nn.Module) -> bool:
-    """Whether nothing is in a block but what is above."""
-    if type(block) is not Block or type(block.attn) is not Attention:
+    """Whether nothing is in a plain vision transformer's block but what is above."""
+    if type(block) is not vit.Block or type(block.attn) is not vit.Attention:
         return False
-    named = (getattr(block.attn, name, None) for name in ("gate", "norm", "q_norm", "k_norm"))
-    return all(each is None or type(each) is nn.Identity for each in named)
+    idle = [getattr(block.attn, name, None) for name in ("gate", "norm", "q_norm", "k_norm")]
+    return all(each is None or type(each) is nn.Identity for each in idle) and _joins(block)
 
 
-def _gives_class_token_alone(model: nn.Module) -> bool:
-    pooled = getattr(model, "global_pool", ""), getattr(model, "attn_pool", None)
-    return pooled == ("token", None) and getattr(model, "num_prefix_tokens", 0) == 1
+def _joins(block: Any) -> bool:
+    """Whether its branches are joined by what `add_norm` does."""
+    norms, paths = (block.norm1, block.norm2), (block.drop_path1, block.drop_path2)
+    return all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms) and all(
+        isinstance(path, DropPath | nn.Identity) for path in paths
+    )

@@ -55,10 +55,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (C, ...): zero for dropped crops, x / (1 - p) for the others, while training."""
+        scale = self.of(x)
+        return x if scale is None else x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """What each crop of x (C, ...) is multiplied by: (C,) float32; None stands for 1."""
         if not self.training or self.idle:
-            return x
+            return None
         assert len(self.scale) == len(x), "say which crops come next: Encoder.set_place"
-        return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return self.scale
 
 
 class Dropout(nn.Module):

@@ -51,6 +51,12 @@ class Pretended(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"pretended {self.held!r}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Torch takes what begins amid a storage for a tensor that has one.
+        if self.storage_offset():
+            return self.clone()
+        return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+
     def tolist(self) -> Any:
         wait("tolist")
         return self.held.tolist()
