@@ -5,7 +5,7 @@
 CAPTURE = "fastidmm/capture.py"
 PLAN, BATCH, LOSS = "fastidmm/plan.py", "fastidmm/batch.py", "kernels/instance_loss.py"
 LOADER, DROP = "fastidmm/loaders/planned.py", "fastidmm/backbones/drop.py"
-BLOCKS = "fastidmm/backbones/blocks.py"
+BLOCKS, ROUNDING = "fastidmm/backbones/blocks.py", "fastidmm/backbones/rounding.py"
 BUILD, ASSEMBLE = "fastidmm/backbones/build.py", "fastidmm/assemble.py"
 IDMM, SUPERVISED = "fastidmm/methods/idmm.py", "fastidmm/methods/supervised.py"
 OPTIM, STEP, TRAIN = "fastidmm/optim.py", "fastidmm/step.py", "fastidmm/train.py"
@@ -66,6 +66,8 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "the last block's other tokens for its class token": ((BLOCKS, "blocks"), [("_joined(x[:, :1] if", "_joined(x[:, -1:] if")]),
     "keys for values": ((BLOCKS, "blocks"), [("        k, v = functional", "        v, k = functional")]),
     "the class token alone where others are asked for": ((BLOCKS, "blocks"), [("pooled == (\"token\", None) and only_token", "True")]),
+    "weights rounded that a layer has yet to change": ((ROUNDING, "rounding"), [("type(module) in PRODUCTS", "isinstance(module, PRODUCTS)")]),
+    "gradients left in half precision": ((ROUNDING, "rounding"), [("_foreach_copy_(wide, there)", "_foreach_copy_(wide, [t * 1.01 for t in there])")]),
     "crops dropped in evaluation": ((DROP, "backbones::test_drops_do_nothing_in_evaluation"), [("if not self.training or self.idle", "if self.idle")]),
     "drop-path the same every step": ((STEP, "step::test_every_step_draws_by_its_own_number"), [("    parts.counters.step = batch.step\n", "")]),
     # The update.

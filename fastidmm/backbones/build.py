@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastidmm.backbones.drop import PathWords, draw_from_counters
+from fastidmm.backbones.rounding import called
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
@@ -72,7 +73,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features before any head: (C, D)."""
         compiled = self._compiled if self.training else None
-        features: Tensor = self.model(images) if compiled is None else compiled(images)
+        features: Tensor = called(self.model, images) if compiled is None else compiled(images)
         return features
 
 
