@@ -71,7 +71,8 @@ def test_timm_gives_the_same(toy: str, backbone: str, resolution: int, method: s
     assert sorted(p.name for p in OUT.iterdir()) == THREE
     images = noise(resolution)
     ours = truth(learnt, images)
-    torch.testing.assert_close(by_timm(OUT, images), ours, rtol=0, atol=1e-6)
+    # To rounding: timm's last block works on every token, and ours on the class token alone.
+    torch.testing.assert_close(by_timm(OUT, images), ours, rtol=0, atol=1e-5)
     assert told["gives"] == ("features" if method == "idmm" else "logits")
     assert tuple(ours.shape) == (3, told["width"])
     config = json.loads((OUT / "config.json").read_text())

@@ -56,7 +56,7 @@ class Calls(TorchDispatchMode):
     """How often each operation is called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num = Counter[str]()
 
     def __torch_dispatch__(
