@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastidmm.facts import Facts
 
-NEEDS = {"torch": (2, 8), "timm": (1, 0, 20)}  # as in pyproject.toml
+NEEDS = {"torch": (2, 8), "timm": (1, 0, 26)}  # as in pyproject.toml
 PYTHONS = ((3, 11), (3, 14))  # oldest and newest
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 DRIVERS = {12: 525, 13: 580}  # oldest NVIDIA driver by major version of CUDA

@@ -168,15 +168,15 @@ CASES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ),
     (
         "timm", BARE | {"packages": without("timm", torch="2.13.0+cpu")}, "mend",
-        "not installed", ("pip install torch==2.13.0 'timm>=1.0.20'",),
+        "not installed", ("pip install torch==2.13.0 'timm>=1.0.26'",),
     ),
     (
         "timm", {"packages": without(timm="1.0.9")}, "mend",
-        "1.0.9; 1.0.20 or newer is needed", ("pip install torch==2.13.0 'timm>=1.0.20'",),
+        "1.0.9; 1.0.26 or newer is needed", ("pip install torch==2.13.0 'timm>=1.0.26'",),
     ),
     (
         "timm", {"packages": without("torch", "timm")}, "mend", "not installed",
-        ("pip install 'timm>=1.0.20'",),
+        ("pip install 'timm>=1.0.26'",),
     ),
     ("GPU", BARE, "ok", "no NVIDIA GPU: everything runs on the CPU, slowly", ()),
     (
@@ -221,7 +221,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ),
     (
         "timm", {"gpus": (replace(H200, capability=(7, 0)),), "packages": without("timm")}, "mend",
-        "not installed", ("pip install 'timm>=1.0.20'",),
+        "not installed", ("pip install 'timm>=1.0.26'",),
     ),
     ("Triton", {"system": "Darwin"}, "ok", "not for Darwin; optional", ()),
     (
