@@ -30,6 +30,7 @@ import torch
 from fastidmm.bench import loader, loss, step, views
 from fastidmm.bench.loader_child import STOCK
 from fastidmm.bench.surroundings import surroundings
+from fastidmm.kernels import add_norm
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 from fastidmm.run import run_all
@@ -80,6 +81,12 @@ def loader_time(photos: Path, device: torch.device) -> dict[str, Any]:
     plain = loader.Arm("torch, fp32", "torch", run=(("precision", "fp32"), ("capture", False)))
     chosen = [*loader.arms(), *cached, plain]
     return loader.measure(device, quick=True, chosen=chosen, photographs=photos)
+
+
+def apart(device: torch.device, **settings: Any) -> dict[str, Any]:
+    """A step whose sums and norms are torch's, one by one."""
+    vars(add_norm)["triton"] = None  # as if there were none
+    return step.measure(device, quick=True, **settings)
 
 
 def within_24_gb(device: torch.device) -> dict[str, Any]:
@@ -137,9 +144,11 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
         "step_224": (
             90, lambda: step.measure(device, resolution=224, batch_size=256, **high)
         ),
+        "step_apart": (90, lambda: apart(device)),
         "step_compiled": (120, lambda: step.measure(device, quick=True, compiled=True)),
         "loss": (120, lambda: loss.measure(device, quick=True)),
         "step_base": (90, lambda: step.measure(device, quick=True, backbone="deit_base")),
+        "step_base_apart": (90, lambda: apart(device, backbone="deit_base")),
         "step_pvtv2_b3": (90, lambda: step.measure(device, quick=True, backbone="pvtv2_b3")),
         "step_448": (
             90, lambda: step.measure(device, resolution=448, batch_size=128, **high)

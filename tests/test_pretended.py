@@ -148,6 +148,22 @@ def test_a_step_is_measured() -> None:
     printed("-c", BENCH)
 
 
+TRAFFIC = """
+import pretended
+from pretended.traffic import counted
+launches, moved = counted("vit_micro", 2, 32)["add_norm forward"]
+# One before the first block, two a block but for the last, whose second is of the class token.
+tokens = 2 * 6 * 17 * 128
+whole = 4 + 2 + 6 * (4 + 2 + 4 + 2)  # bytes of a number: x, branch, sum and norm
+assert launches == 8 and 0 <= moved - tokens * (whole + 12 / 17) < 0.05 * moved, (launches, moved)
+pretended.leave()
+"""
+
+
+def test_what_a_step_moves_is_counted() -> None:
+    printed("-c", TRAFFIC)
+
+
 RUN = """
 import json, pathlib
 import pretended
