@@ -14,7 +14,10 @@ RELEASES = sorted(path.parent for path in make.HERE.glob(f"*/{make.LOSSES}"))
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 def test_a_release_is_gone_on_with(release: Path, tmp_path: Path) -> None:
-    """To the bit with the torch and the CPU it was made with; others round: to 1e-4."""
+    """To the bit with the torch and the CPU they are of; others round: to 1e-4.
+
+    Where numbers are made otherwise on purpose, and round otherwise, they are told anew.
+    """
     head, *told = (release / make.LOSSES).read_text().splitlines()
     with make.at(tmp_path):
         run = Path(shutil.copytree(release, "runs/run"))

@@ -2,7 +2,8 @@
 
     python tests/releases/make.py
 
-At each release, once: `tests/releases/VERSION/`, and the losses that follow. Never for an old one.
+At each release, once: `tests/releases/VERSION/`, and the losses that follow. Never for an old one,
+but for those losses, where a later version rounds otherwise on purpose.
 """
 
 import hashlib
