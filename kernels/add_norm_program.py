@@ -20,6 +20,12 @@ def _places(first, num, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def _crop(row, tokens):
+    """Whose tokens the rows are: in 32 bits, since a GPU has no division of 64."""
+    return row.to(tl.int32) // tokens
+
+
+@triton.jit
 def forward_kernel(
     X, BRANCH,  # (num, D); BRANCH may be None, and then TOTAL is not written
     SCALE,  # (num / tokens,) fp32 or None
@@ -36,7 +42,7 @@ def forward_kernel(
     if BRANCH is not None:
         y = tl.load(BRANCH + place, here, 0.0).to(tl.float32)
         if SCALE is not None:
-            y *= tl.load(SCALE + row // tokens, row < num, 0.0)[:, None]
+            y *= tl.load(SCALE + _crop(row, tokens), row < num, 0.0)[:, None]
         total = (x + y).to(TOTAL.dtype.element_ty)
         tl.store(TOTAL + place, total, here)
         x = total.to(tl.float32)
@@ -83,7 +89,7 @@ def backward_kernel(
         tl.store(D_X + place, d_x.to(D_X.dtype.element_ty), here)
         if D_BRANCH is not None:
             if SCALE is not None:
-                d_x *= tl.load(SCALE + row // tokens, row < num, 0.0)[:, None]
+                d_x *= tl.load(SCALE + _crop(row, tokens), row < num, 0.0)[:, None]
             tl.store(D_BRANCH + place, d_x.to(D_BRANCH.dtype.element_ty), here)
     share = tl.program_id(0).to(tl.int64) * D + column
     tl.store(D_WEIGHT + share, tl.sum(d_weight, 0), column < D)

@@ -20,7 +20,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "norm's gradient without its spread": (NORMS, [(" - x * across[:, None])", ")")]),
     "the sum's own gradient left out": (NORMS, [("            d_x += tl.load(D_TOTAL", "            d_x += 0 * tl.load(D_TOTAL")]),
     "a branch's gradient without its factor": (NORMS, [("                d_x *= tl.load(SCALE", "                d_x *= 1 + 0 * tl.load(SCALE")]),
-    "the factor of another crop": (NORMS, [("row // tokens", "row % tokens")]),
+    "the factor of another crop": (NORMS, [("tl.int32) // tokens", "tl.int32) % tokens")]),
     "weight's gradient from one turn": (NORMS, [("d_weight += g * x", "d_weight = g * x")]),
     "bias's gradient with the weight": (NORMS, [("        d_bias += g\n        g *= weight[None, :]\n", "        g *= weight[None, :]\n        d_bias += g\n")]),
     "one program's share of the gradient": (NORMS_CALL, [("shares.sum(1)", "shares[:, 0]")]),
