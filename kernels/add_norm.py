@@ -2,9 +2,8 @@
 
     total = x + scale * branch        normed = LayerNorm(total)
 
-One by one these are five passes over the tokens, and nine back: drop-path's product, the sum, the
-norm in fp32, its rounding to half precision, and all of their gradients. Fused, each number is read
-and written once.
+One by one these are four passes over the tokens, drop-path's product, the sum, the norm in fp32 and
+its rounding to half precision, and six back. Fused, each number is read and written once.
 """
 
 from collections.abc import Iterator

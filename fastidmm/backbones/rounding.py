@@ -1,7 +1,7 @@
 """A model's weights rounded to autocast's type, all of them at once.
 
 Autocast rounds each weight where a product asks for it, and widens each gradient by itself: some
-two hundred launches a step of a GPU, and twelve hundred of PVTv2-B3, each for a few kilobytes. At
+two hundred launches a step of a GPU, and a thousand of PVTv2-B3, each for a few kilobytes. At
 once they are two. The same numbers are rounded in the same way, so the bits are the same.
 """
 
