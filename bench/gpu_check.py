@@ -36,6 +36,7 @@ from fastidmm.record import Record
 from fastidmm.run import run_all
 
 ROOT = Path(__file__).parents[1]
+AHEAD, COMPILED = ["run.views_ahead=true"], ["run.compile=true"]
 CACHE = 8000  # MB of decoded pictures, more than the photographs have
 
 
@@ -145,7 +146,8 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
             90, lambda: step.measure(device, resolution=224, batch_size=256, **high)
         ),
         "step_apart": (90, lambda: apart(device)),
-        "step_compiled": (120, lambda: step.measure(device, quick=True, compiled=True)),
+        "step_ahead": (90, lambda: step.measure(device, quick=True, settings=AHEAD)),
+        "step_compiled": (120, lambda: step.measure(device, quick=True, settings=COMPILED)),
         "loss": (120, lambda: loss.measure(device, quick=True)),
         "step_base": (90, lambda: step.measure(device, quick=True, backbone="deit_base")),
         "step_base_apart": (90, lambda: apart(device, backbone="deit_base")),

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and how much of the GPU's arithmetic it uses.
 
-    fastidmm bench step [--backbone deit_tiny] [--resolution 112] [--trace FILE] [--quick]
+    fastidmm bench step [--backbone deit_tiny] [--resolution 112] [--set run.views_ahead=true] ...
 
 Pictures are made up and in memory already (`loader resident`). The parts are measured inside whole
 steps, by events of the GPU or on the clock of a CPU: `views` with the plan, `forward` of the
@@ -18,7 +18,7 @@ import copy
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, pairwise
 from pathlib import Path
@@ -35,8 +35,10 @@ from fastidmm.bench.figures import Rows, measured, result, stall
 from fastidmm.bench.made import noise, workplace
 from fastidmm.bench.training import assembled
 from fastidmm.capture import Captured
+from fastidmm.errors import UsageError
 from fastidmm.loaders.resident import Resident
 from fastidmm.machine import name_of
+from fastidmm.recipe import with_settings
 from fastidmm.step import Stepped, advance, backward, step
 
 NUM = 2040  # rows, as the Flowers have: the head has an output for each
@@ -71,25 +73,32 @@ def measure(
     method: str = "idmm",
     resolution: int = 112,
     batch_size: int | None = None,
-    compiled: bool = False,
+    settings: Sequence[str] = (),
     trace: Path | None = None,
 ) -> dict[str, Any]:
-    """Time steps and their parts; the default is the paper's DeiT-Tiny, on a CPU a small ViT."""
+    """Time steps and their parts; the default is the paper's DeiT-Tiny, on a CPU a small ViT.
+
+    `settings` of the recipe, as `--set` takes them.
+    """
     gpu = device.type == "cuda"
     repeats, steps = (3 if quick else 5), (20 if gpu else 1)
     size = batch_size or (256 if gpu else 8)
     run = {
         "dataset": "noise", "backbone": backbone or ("deit_tiny" if gpu else "vit_micro"),
         "method": method, "resolution": resolution, "batch_size": size, "loader": "resident",
-        "device": str(device), "compile": compiled,
+        "device": str(device),
     }  # fmt: skip
+    tables = with_settings({"run": run}, {}, list(settings))
+    for key, value in run.items():
+        if tables["run"][key] != value:
+            raise UsageError(f"bench step has run.{key} {value}: --set cannot change it.")
     # 240 MB of pictures on a GPU: several times what its caches hold, and soon drawn.
     store = noise(NUM, 256 if gpu else 2 * size)
     with workplace() as work:
-        parts = assembled({"run": run}, store, work)
+        parts = assembled(tables, store, work)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        captured = Captured(parts) if gpu else None
+        captured = Captured(parts) if gpu and parts.recipe.run.capture else None
         times = times_of(parts, repeats, steps, captured)
         cut = {"micro_batches": parts.state.micro_batches}
         if captured is not None:
@@ -107,7 +116,10 @@ def measure(
         "step",
         f"{method}, {run['backbone']}, {size} images of {resolution} px, {name_of(device)}",
         {"step": rows},
-        settings=run | cut | {"repeats": repeats, "steps": steps, "flop": flop, "peak_flops": peak},
+        settings=run
+        | cut
+        | {"set": list(settings), "repeats": repeats, "steps": steps}
+        | {"flop": flop, "peak_flops": peak},
         notes=[
             f"{flop / 1e9:,.0f} GFLOP a step, of which {lost['median']:.1%} "
             f"({lost['low']:.1%} to {lost['high']:.1%}) is lost to plan and views"

@@ -5,6 +5,9 @@ So whatever changes from step to step is read from one counter on the device, an
 shapes or branches makes a step of another kind, with a graph of its own. The first steps of a kind
 are made one operation at a time: kernels are compiled, memory is settled. The next one is captured,
 and from there on replayed: the same kernels on the same numbers, so the same bits.
+
+With `run.views_ahead` a captured step finds its views made, and makes the next one's on a stream
+of its own beside the rest: a fork and a join within the graph, for one more copy of the views.
 """
 
 import logging
@@ -17,6 +20,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fastidmm.assemble import Parts
 from fastidmm.batch import Batch
@@ -85,6 +89,11 @@ class Captured:
         self._seen: Counter[Kind] = Counter()
         self._graphs: dict[Kind, tuple[Recording, Stepped, Batch | None]] = {}
         self._impossible = False
+        self._ahead = parts.recipe.run.views_ahead
+        on_gpu = parts.store.device.type == "cuda"
+        self._beside = torch.cuda.Stream(parts.store.device) if on_gpu and self._ahead else None
+        self._held: dict[int, Batch] = {}  # where views made ahead lie, by the rows of the batch
+        self._made = -1  # the step that they are of
 
     def step(self, number: int, batch: Batch | None = None) -> Stepped:
         """Make the step of that number, from `batch` or else from what the loader makes of it.
@@ -97,18 +106,21 @@ class Captured:
         kind = self._kind(number) if batch is None else self._kind_of(batch)
         self._counter.fill_(number)
         if kind not in self._graphs and not self._capture(kind, number, batch):
-            return self._make(number, batch)
+            return step(self.parts, batch or self._views(number, self._counter))
         graph, made, held = self._graphs[kind]
-        if batch is not None and held is not None:
-            for fresh, fixed in zip(batch.tensors(), held.tensors(), strict=True):
-                fixed.copy_(fresh)
+        if held is not None and (batch is not None or self._made != number):
+            _copy(batch or self._views(number), held)
         graph.replay()
+        if self._ahead and batch is None:
+            self._made = number + 1
         return made
 
     def release(self) -> bool:
         """Give back the memory that graphs hold, to record them anew; whether there were any."""
         held = bool(self._graphs)
         self._graphs.clear()
+        self._held.clear()
+        self._made = -1
         self._recording = self._recordings()
         if held and self.parts.store.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -124,11 +136,21 @@ class Captured:
 
     def _kind(self, number: int) -> Kind:
         """What decides shapes and branches of a step that the device makes from its counter."""
+        if self._ahead:
+            return *self._own_kind(number), *self._own_kind(number + 1)
+        return self._own_kind(number)
+
+    def _own_kind(self, number: int) -> Kind:
+        views = self.parts.method.views
+        epoch = number // self.parts.loader.steps_per_epoch
+        mixes = (mix_of(group, epoch) for group in views)
+        return self._num_rows(number), *mixes, *self._frozen(epoch)
+
+    def _num_rows(self, number: int) -> int:
         loader = self.parts.loader
         assert isinstance(loader, Planned)
-        epoch, place = divmod(number, loader.steps_per_epoch)
-        rows = min(loader.batch_size, len(loader.store) - place * loader.batch_size)
-        return rows, *(mix_of(group, epoch) for group in loader.method.views), *self._frozen(epoch)
+        first = number % loader.steps_per_epoch * loader.batch_size
+        return min(loader.batch_size, len(loader.store) - first)
 
     def _frozen(self, epoch: int) -> Kind:
         return tuple(map(id, self.parts.method.frozen(epoch)))
@@ -137,22 +159,51 @@ class Captured:
         """The same of a step whose batch is there already."""
         return batch.num_images, *self._frozen(batch.epoch)
 
-    def _make(self, number: int, batch: Batch | None) -> Stepped:
-        """One operation at a time."""
-        if batch is None:
-            assert isinstance(self.parts.loader, Planned)
-            batch = self.parts.loader.batch(number, self._counter)
-        return step(self.parts, batch)
+    def _views(self, number: int, counter: Tensor | None = None) -> Batch:
+        """The batch of a step that the device makes alone; by the counter, where a graph may."""
+        assert isinstance(self.parts.loader, Planned)
+        return self.parts.loader.batch(number, counter)
+
+    def _place(self, number: int) -> Batch:
+        """Where the views of a step lie, if they are made ahead."""
+        rows = self._num_rows(number)
+        if rows not in self._held:
+            self._held[rows] = self._views(number).changed(torch.clone)
+        epoch = number // self.parts.loader.steps_per_epoch
+        return replace(self._held[rows], step=self._counter, epoch=epoch)
+
+    def _with_next(self, number: int, held: Batch, place: Batch) -> Stepped:
+        """A step whose views are there, and beside it the next one's."""
+        following = self._counter + 1  # which is held until the other stream has read it
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):  # None, without a GPU, is where we are
+            coming = self._views(number + 1, following)
+        made = step(self.parts, held)
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        _copy(coming, place)
+        return made
+
+    def _work(self, number: int, batch: Batch | None) -> tuple[Callable[[], Stepped], Batch | None]:
+        """What is recorded of a step, and where it finds its batch if it does not make it."""
+        if batch is not None:
+            held = replace(batch.changed(torch.clone), step=self._counter)
+            return lambda: step(self.parts, held), held
+        if not self._ahead:
+            return lambda: step(self.parts, self._views(number, self._counter)), None
+        held, place = self._place(number), self._place(number + 1)
+        return lambda: self._with_next(number, held, place), held
 
     def _capture(self, kind: Kind, number: int, batch: Batch | None) -> bool:
         """Record a kind of step; false while it is too early, and where it cannot be done."""
         self._seen[kind] += 1
         if self._impossible or self._seen[kind] <= WARM_UP:
             return False
-        held = None if batch is None else replace(batch.changed(torch.clone), step=self._counter)
-        graph = self._recording()
         try:
-            made = graph.record(lambda: self._make(number, held))
+            work, held = self._work(number, batch)
+            graph = self._recording()
+            made = graph.record(work)
         except Exception as problem:
             # Gradients that were recorded and never computed must not be used.
             self.parts.optimizer.zero_grad(set_to_none=True)
@@ -165,6 +216,17 @@ class Captured:
             return False
         self._graphs[kind] = graph, made, held
         return True
+
+
+def _copy(fresh: Batch, fixed: Batch) -> None:
+    """Bring a batch to where a graph reads it: a few launches for all of its tensors."""
+    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, place in zip(fresh.tensors(), fixed.tensors(), strict=True):
+        sources, places = pairs.setdefault(source.dtype, ([], []))
+        sources.append(source)
+        places.append(place)
+    for sources, places in pairs.values():
+        torch._foreach_copy_(places, sources)
 
 
 def left_uncaptured(parts: Parts) -> str:

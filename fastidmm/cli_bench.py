@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastidmm.errors import UsageError
-from fastidmm.options import BackboneOption, BatchOption, DeviceOption, MethodOption
+from fastidmm.options import (
+    BackboneOption,
+    BatchOption,
+    DeviceOption,
+    MethodOption,
+    SetOption,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -177,13 +183,14 @@ def bench_step(
     trace: Annotated[
         Path | None, typer.Option(help="Write three steps there, for chrome://tracing.")
     ] = None,
+    assignments: SetOption = None,
     quick: QuickOption = False,
     json: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
     """Where a training step's time goes: views, forward, loss, backward, update.
 
-    Example: fastidmm bench step --backbone deit_tiny --trace step.json
+    Example: fastidmm bench step --backbone deit_tiny --set run.compile=true
     """
     from fastidmm.bench.step import measure
 
@@ -191,7 +198,7 @@ def bench_step(
     _told(
         lambda: measure(
             place, quick=quick, backbone=backbone, method=method or "idmm",
-            resolution=resolution, batch_size=batch_size, trace=trace,
+            resolution=resolution, batch_size=batch_size, settings=assignments or (), trace=trace,
         ),
         json, html, trace=trace,
     )  # fmt: skip

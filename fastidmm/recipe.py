@@ -40,6 +40,7 @@ class RunOptions(Options):
     optimizer: Literal["adamw", "fused_adam", "fused_lamb"] = "adamw"  # the last two are apex's
     exact: bool = False
     capture: bool = True  # on a GPU, whole steps as CUDA graphs
+    views_ahead: bool = False  # in a captured step, the next one's views beside this one's rest
     compile: bool = False  # the backbone by torch.compile: it takes a minute, long runs win it back
     num_images: Auto = 0  # of the training split, chosen by seed and class; 0: all
     # A checkpoint's folder, relative to the run's; "timm": the published ones; "": random weights.

@@ -29,7 +29,7 @@ LATEST = 10  # metric lines: a single small batch says little
 # What a stage takes over from the run, or the stage, that it starts from.
 KEPT = (
     "dataset", "backbone", "loader", "seed", "device", "precision", "optimizer", "exact", "capture",
-    "compile", "num_images", "holdout", "patience", "score_every", "log",
+    "views_ahead", "compile", "num_images", "holdout", "patience", "score_every", "log",
 )  # fmt: skip
 
 

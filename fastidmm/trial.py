@@ -214,12 +214,13 @@ def walk(parts: Parts) -> tuple[list[Block], float]:
 def kinds(parts: Parts, course: Course) -> Callable[[int], Kind]:
     """Which steps have a graph in common, by their numbers."""
 
-    def kind(number: int) -> Kind:
+    def own(number: int) -> Kind:
         epoch, method = number // course.steps_per_epoch, parts.method
         mixes = (mix_of(group, epoch) for group in method.views)
         return is_tail(course, number), *mixes, len(method.frozen(epoch))
 
-    return kind
+    ahead = parts.recipe.run.views_ahead
+    return (lambda number: (own(number), own(number + 1))) if ahead else own
 
 
 def is_tail(course: Course, number: int) -> bool:

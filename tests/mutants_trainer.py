@@ -20,6 +20,7 @@ SUM = "methods::test_micro_batches_sum_to_the_batch"
 IDMM_IS = "methods::test_idmm_is_the_mean_over_large_plus_the_mean_over_small"
 SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_labels"
 REPLAYED = "capture::test_replays_are_the_steps_themselves[supervised]"
+AHEAD = "capture::test_views_made_ahead_are_those_of_their_step[supervised]"
 SHARES = "fastidmm/shares.py"
 RANKED = "ranks::test_losses_and_gradients_are_those_of_one_process"
 KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
@@ -136,8 +137,13 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "captured epoch for ever": ((PLAN, REPLAYED), [("when = (counter // num_steps(num, batch_size), counter)", "when = (epoch, counter)")]),
     "captured rows for ever": ((PLAN, REPLAYED), [("places + (counter % num_steps(num, batch_size)) * batch_size", "places + place * batch_size")]),
     "counter stands still": ((CAPTURE, REPLAYED), [("        self._counter.fill_(number)\n", "")]),
-    "Mixup and CutMix in one graph": ((CAPTURE, REPLAYED), [("*(mix_of(group, epoch) for group in loader.method.views), ", "")]),
-    "the first batch for ever": ((CAPTURE, "capture::test_batches_that_a_loader_brings"), [("                fixed.copy_(fresh)\n", "                pass\n")]),
+    "Mixup and CutMix in one graph": ((CAPTURE, REPLAYED), [("self._num_rows(number), *mixes, ", "self._num_rows(number), ")]),
+    "the first batch for ever": ((CAPTURE, "capture::test_batches_that_a_loader_brings"), [("torch._foreach_copy_(places, sources)", "pass")]),
+    "this step's views for the next": ((CAPTURE, AHEAD), [("following = self._counter + 1", "following = self._counter + 0")]),
+    "graphs whatever comes next": ((CAPTURE, AHEAD), [("return *self._own_kind(number), *self._own_kind(number + 1)", "return self._own_kind(number)")]),
+    "views made ahead of another step": ((CAPTURE, AHEAD), [("or self._made != number", "or self._made < 0")]),
+    "views made again that were made ahead": ((CAPTURE, "capture::test_views_are_made_once_a_step_and_ahead[idmm-3]"), [("self._made = number + 1", "self._made = -1")]),
+    "the next views not waited for": ((CAPTURE, "pretended::test_the_gpus_own_tests_hold[ahead]"), [("            torch.cuda.current_stream().wait_stream(self._beside)\n", "            pass\n")]),
     # Signals, clips and decay.
     "stopped before it is kept": ((TRAIN, "stop::test_a_signal_after_the_last_look_is_heard_after_the_next_step"), [("        if asked:\n            break", "        if stop.requested:\n            break")]),
     "clipped only upwards": ((OPTIM, "optim::test_tensors_are_clipped_and_decay_follows_its_schedule"), [("(n + 1e-6)).clamp(max=1)", "(n + 1e-6)).clamp(min=1)")]),

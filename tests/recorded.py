@@ -34,6 +34,9 @@ class Recorded(TorchDispatchMode):
         self.done: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.fresh: set[int] = set()  # storages that this recording made
+        # Of another stream: done when it is joined, as late as a GPU may.
+        self.beside: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self.aside = False
 
     def record(self, work: Callable[[], Any]) -> Any:
         """What the work gives; nothing that was there before has changed."""
@@ -51,6 +54,11 @@ class Recorded(TorchDispatchMode):
                 if results:
                     for fixed, value in zip(results, filter(_is, tree_leaves(found)), strict=True):
                         fixed.copy_(value)
+
+    def join(self) -> None:
+        """What another stream was given is done from here on."""
+        self.done += self.beside
+        self.beside = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -78,7 +86,7 @@ class Recorded(TorchDispatchMode):
             results = [] if any(returned) else [t for t in tree_leaves(found) if _is(t)]
             self.fresh |= {t.untyped_storage().data_ptr() for t in results}
             held = tree_map_only(Tensor, Tensor.detach, (args, options, results))
-            self.done.append((func, *held))
+            (self.beside if self.aside else self.done).append((func, *held))
         return found
 
     def _keep(self, tensor: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from synthetic import assembled
 from test_bench import typed
 
+from fastidmm.assemble import Parts
 from fastidmm.bench import step as bench
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_a_step_is_measured(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--resolution", "16", "--batch-size", "3", "--device", "cpu", "--quick"]
-    trace = ["--trace", "trace.json", "--json", "step.json"]
+    trace = ["--trace", "trace.json", "--json", "step.json", "--set", "run.precision=fp32"]
     assert typed(monkeypatch, "bench", "step", *words, *trace) == 0
     found: dict[str, Any] = json.loads(Path("step.json").read_text())
     rows = found["tables"]["step"]
@@ -94,7 +95,36 @@ def test_a_step_is_measured(
     assert rates[1] / rates[0] == pytest.approx(6, rel=1e-4)
     assert sum(rows[name]["share"] for name in bench.PARTS) == pytest.approx(1, rel=1e-4)
     assert found["settings"]["backbone"] == "vit_micro" and found["settings"]["flop"] > 0
+    assert found["settings"]["set"] == ["run.precision=fp32"]
     events = json.loads(Path("trace.json").read_text())["traceEvents"]
     assert any("aten::" in event.get("name", "") for event in events)
     assert "GFLOP a step" in capsys.readouterr().out
     assert sorted(path.name for path in Path().iterdir()) == ["step.json", "trace.json"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("run.loader=torch", "bench step has run.loader resident: --set cannot change it."),
+        ("run.views_ahaed=true", "did you mean 'views_ahead'?"),
+    ],
+)
+def test_settings_that_a_step_cannot_have_are_refused(
+    setting: str, said: str, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert typed(monkeypatch, "bench", "step", "--device", "cpu", "--set", setting) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_settings_reach_the_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(Exception):
+        pass
+
+    def found(parts: Parts, *_: Any) -> None:
+        assert parts.recipe.run.views_ahead and parts.recipe.backbone.drop_path == 0.25
+        raise Found
+
+    monkeypatch.setattr(bench, "times_of", found)
+    with pytest.raises(Found):
+        bench.measure(CPU, settings=["run.views_ahead=true", "backbone.drop_path=0.25"])

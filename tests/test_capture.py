@@ -88,9 +88,48 @@ def test_replays_are_the_steps_themselves(method: str, tmp_path: Path) -> None:
     assert captured.num_kinds == kinds  # of rows and of mixing: all were replayed
 
 
-def test_a_run_goes_on_from_any_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["idmm", "supervised", "dino"])
+def test_views_made_ahead_are_those_of_their_step(method: str, tmp_path: Path) -> None:
+    """To the bit, whatever comes between: other batches, memory given back, and a step back."""
+    plain = parts_of(method, tmp_path / "plain")
+    caught = parts_of(method, tmp_path / "caught", views_ahead=True)
+    captured, numbers = Captured(caught, Recorded), [*range(30), 27, 28, 27, 30, 31]
+    assert isinstance(plain.loader, Planned)
+    for place, number in enumerate(numbers):
+        if place == 25:
+            captured.release()
+        given = plain.loader.batch(number) if place in (20, 21, 22) else None
+        found = told(captured.step(number, given))
+        assert found == told(step(plain, plain.loader.batch(number))), (place, number)
+    assert same(caught, plain)
+
+
+@pytest.mark.parametrize(("method", "kinds"), [("idmm", 3), ("supervised", 6)])
+def test_views_are_made_once_a_step_and_ahead(
+    method: str, kinds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs by what comes next, too: a full batch, a tail, a full one of the next epoch."""
+    captured = Captured(parts_of(method, tmp_path / "run", views_ahead=True), Recorded)
+    made, views_of = list[int](), Captured._views
+
+    def noted(self: Captured, number: int, counter: Tensor | None = None) -> Batch:
+        made.append(number)
+        return views_of(self, number, counter)
+
+    monkeypatch.setattr(Captured, "_views", noted)
+    for number in range(24):
+        captured.step(number)
+    assert captured.num_kinds == kinds
+    before = made.copy()
+    for number in range(24, 30):
+        captured.step(number)
+    assert made == before  # by the graphs alone
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_goes_on_from_any_step(ahead: bool, tmp_path: Path) -> None:
     """What is captured after a resume is what was captured before."""
-    whole, cut = (parts_of("idmm", tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (parts_of("idmm", tmp_path / name, views_ahead=ahead) for name in ("whole", "cut"))
     captured = Captured(whole, Recorded)
     found = [told(captured.step(number)) for number in range(11)]
     one, other = Captured(cut, Recorded), Captured(cut, Recorded)

@@ -111,13 +111,14 @@ def test_steps_tried_are_told_apart() -> None:
     assert not trial.enough(blocks[:1], COURSE, late=True)
 
 
-def test_kinds_are_those_that_share_a_graph(tmp_path: Path) -> None:
-    parts = parts_of("supervised", tmp_path / "run")
+@pytest.mark.parametrize(("ahead", "num"), [(False, 4), (True, 6)])
+def test_kinds_are_those_that_share_a_graph(ahead: bool, num: int, tmp_path: Path) -> None:
+    parts = parts_of("supervised", tmp_path / "run", views_ahead=ahead)
     captured, steps = Captured(parts, Recorded), range(16)
     kind = trial.kinds(parts, train.course_of(parts))
     alike = [[kind(a) == kind(b) for b in steps] for a in steps]
     assert alike == [[captured._kind(a) == captured._kind(b) for b in steps] for a in steps]
-    assert len(set(map(kind, steps))) == 4  # Mixup and CutMix, whole and shorter
+    assert len(set(map(kind, steps))) == num  # Mixup and CutMix, whole and shorter, and what next
 
 
 def test_a_forecast_and_its_total() -> None:

@@ -100,6 +100,30 @@ one.replay()
 assert first.tolist() == 21
 other.replay()
 assert second.tolist() == 21 and first.isnan().tolist()  # the pool's memory is the other's now
+
+side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+
+def beside(fork=True, join=True):
+    graph, total = torch.cuda.CUDAGraph(), torch.zeros_like(there)
+    with torch.cuda.graph(graph, pool=pool):
+        if fork:
+            side.wait_stream(main)
+        with torch.cuda.stream(side):
+            found = there * 2
+        early = found + 0
+        if join:
+            main.wait_stream(side)
+        total.copy_(found)
+    return graph, early, total
+
+graph, early, total = beside()
+before = (there * 2).tolist()
+there.add_(1)
+graph.replay()  # what reads before it waits reads what was there
+assert total.tolist() == (there * 2).tolist() and early.tolist() == before
+for missing in ({"fork": False}, {"join": False}):
+    with pytest.raises(RuntimeError, match="stream"):
+        beside(**missing)
 weight = torch.nn.Linear(4, 3).to("cuda").weight
 with torch.autocast("cuda", torch.bfloat16):
     made = torch.nn.functional.linear(there, weight)
@@ -118,10 +142,12 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
     ("file", "chosen"),
     [
         ("test_capture_on_device.py", "ordinary"),
+        ("test_capture_on_device.py", "ahead and supervised"),
         ("test_on_device.py", "not million and not 112 and not 224 and not never"),
         ("test_norms_on_device.py", "bits or bit or 48 or 65 or 128"),
         ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and M or waits or fp32"),
     ],
+    ids=["captured", "ahead", "views", "norms", "loss"],
 )
 def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
     words = ("-m", "pytest", "-p", "pretended", "-p", "no:xdist", "-q", "-m", "gpu", "-k", chosen)

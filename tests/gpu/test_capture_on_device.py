@@ -21,6 +21,7 @@ pytestmark = [
 ]
 NUM, BATCH = 45, 16  # steps of 16, 16 and 13 rows
 STEPS = 24  # eight epochs: of each kind some are replayed
+AHEAD_PX = 112  # of views that another stream makes: large enough to be late
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,10 @@ def as_it_was() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def parts_of(method: str, place: Path, backbone: str = "deit_tiny", *, exact: bool = True) -> Parts:
+def parts_of(method: str, place: Path, backbone: str = "deit_tiny", **run: object) -> Parts:
     run = {
         "dataset": "made", "method": method, "backbone": backbone, "resolution": 32, "epochs": 8,
-        "batch_size": BATCH, "loader": "resident", "device": "cuda", "exact": exact,
+        "batch_size": BATCH, "loader": "resident", "device": "cuda", "exact": True, **run,
     }  # fmt: skip
     place.mkdir()
     return assembled({"run": run, "backbone": {"drop_path": 0.3}}, small_store(NUM), place)
@@ -76,13 +77,29 @@ def test_ordinary_steps_are_captured_too(method: str, tmp_path: Path) -> None:
     assert all(bool(value.isfinite().all()) for values in found for value in values.values())
 
 
-def test_a_replayed_step_never_waits(tmp_path: Path) -> None:
-    captured = Captured(parts_of("idmm", tmp_path / "run"))
-    for number in range(9):
+@pytest.mark.parametrize("method", ["idmm", "supervised"])
+def test_views_made_ahead_are_those_of_their_step(method: str, tmp_path: Path) -> None:
+    """By another stream, while this one trains: whatever either overtakes shows in the bits."""
+    plain = parts_of(method, tmp_path / "plain", resolution=AHEAD_PX)
+    caught = parts_of(method, tmp_path / "caught", resolution=AHEAD_PX, views_ahead=True)
+    captured, loader = Captured(caught), plain.loader
+    assert isinstance(loader, Planned)
+    for number in range(STEPS):
+        ours = told(captured.step(number))
+        theirs = told(step(plain, loader.batch(number)))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), number
+    assert captured.num_kinds >= 2, "nothing was captured"
+    assert all(torch.equal(a, b) for a, b in zip(state(caught), state(plain), strict=True))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_replayed_step_never_waits(ahead: bool, tmp_path: Path) -> None:
+    captured = Captured(parts_of("idmm", tmp_path / "run", views_ahead=ahead))
+    for number in range(12):
         captured.step(number)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        for number in range(9, 29):
+        for number in range(12, 32):
             captured.step(number)
     finally:
         torch.cuda.set_sync_debug_mode("default")

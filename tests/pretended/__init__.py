@@ -56,7 +56,7 @@ def leave(status: int = 0) -> NoReturn:
 
 
 # Sizes of the GPU's tests that an interpreter gets through.
-SMALLER = {"test_capture_on_device": {"NUM": 5, "BATCH": 3, "STEPS": 12}}
+SMALLER = {"test_capture_on_device": {"NUM": 5, "BATCH": 3, "STEPS": 12, "AHEAD_PX": 32}}
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

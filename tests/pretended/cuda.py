@@ -1,4 +1,4 @@
-"""What `torch.cuda` answers on the pretended GPU: one device, one stream, graphs."""
+"""What `torch.cuda` answers on the pretended GPU: one device, its streams in turn, graphs."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from recorded import Recorded
+from recorded import NotCapturable, Recorded
 from torch import Tensor
 
 from pretended.kernels import interpret
@@ -38,12 +38,12 @@ class Event:
 
 
 class Stream:
-    """The only one there is, whatever it is called."""
+    """Work in the order it was given; in a capture, another's waits until it is joined."""
 
     cuda_stream, device = 0, GPU
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+        self.forked: Recorded | None = None  # the capture that it belongs to
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -53,13 +53,37 @@ class Stream:
     def synchronize(self) -> None:
         pass
 
-    def wait_stream(self, _: Any) -> None:
-        pass
+    def wait_stream(self, other: "Stream") -> None:
+        capture = State.recording
+        if self is MAIN and capture is not None and other.forked is capture:
+            capture.join()
+        elif other is MAIN:
+            self.forked = capture
 
-    wait_event = wait_stream
+    def wait_event(self, _: Event) -> None:
+        pass
 
     def query(self) -> bool:
         return True
+
+
+MAIN = Stream()
+
+
+@contextmanager
+def stream(chosen: Stream | None) -> Iterator[None]:
+    """`torch.cuda.stream`."""
+    capture = State.recording
+    if chosen is None or chosen is MAIN or capture is None:
+        yield
+        return
+    if chosen.forked is not capture:
+        raise NotCapturable("work on a stream that does not take part in the capture")
+    capture.aside = True
+    try:
+        yield
+    finally:
+        capture.aside = False
 
 
 class CUDAGraph:
@@ -98,6 +122,8 @@ def graph(made: CUDAGraph, pool: Any = None, **_: Any) -> Iterator[None]:
     CUDAGraph.pools.setdefault(pool, []).append(made)
     try:
         yield
+        if made.recorded.beside:
+            raise NotCapturable("a stream that was forked from the capture was not joined")
     finally:
         State.recording = None
         for tensor, value in made.recorded.before.values():
@@ -127,8 +153,8 @@ def install() -> None:
         "get_device_properties": properties, "mem_get_info": (MEMORY, MEMORY),
         "memory_allocated": 0, "max_memory_allocated": 0, "max_memory_reserved": 0,
         "memory_reserved": 0, "power_draw": 100_000, "is_bf16_supported": True,
-        "get_arch_list": ["sm_90"], "current_stream": Stream(),
-        "default_stream": Stream(), "_lazy_init": None, "_is_in_bad_fork": False,
+        "get_arch_list": ["sm_90"], "current_stream": MAIN,
+        "default_stream": MAIN, "_lazy_init": None, "_is_in_bad_fork": False,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -137,7 +163,7 @@ def install() -> None:
         "set_stream", "_sleep", "init", "set_per_process_memory_fraction",
     ):  # fmt: skip
         setattr(torch.cuda, name, lambda *_, **__: None)
-    for name in ("device_of", "stream", "device"):
+    for name in ("device_of", "device"):
         setattr(torch.cuda, name, lambda *_: nullcontext())
     handles = iter(range(10**9))
     torch.cuda.graph_pool_handle = lambda: next(handles)  # type: ignore[assignment,return-value]
@@ -145,6 +171,7 @@ def install() -> None:
     torch.cuda.is_current_stream_capturing = lambda: State.recording is not None
     torch.cuda.set_sync_debug_mode = _waiting  # type: ignore[assignment]
     torch.cuda.Event, torch.cuda.Stream = Event, Stream  # type: ignore[misc,assignment]
+    torch.cuda.stream = stream  # type: ignore[assignment]
     torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, graph  # type: ignore[misc,assignment]
     torch.Generator = Generator  # type: ignore[misc]
     torch.__future__.set_swap_module_params_on_conversion(True)  # else a copy loses `held`
