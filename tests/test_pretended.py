@@ -157,12 +157,14 @@ def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
 BENCH = """
 import pretended, torch
 from fastidmm.bench import step
+from fastidmm.kernels import add_norm
 from synthetic import small_store
+add_norm.ELEMENTS = 1 << 15  # as pretended/__init__.py has it for tests
 whole = step.times_of
 step.times_of = lambda parts, repeats, steps, captured: whole(parts, 1, 1, captured)
-step.noise = lambda num, pictures: small_store(6)
+step.noise = lambda num, pictures: small_store(3)
 found = step.measure(
-    torch.device("cuda"), backbone="vit_micro", resolution=32, batch_size=4, quick=True
+    torch.device("cuda"), backbone="vit_micro", resolution=16, batch_size=2, quick=True
 )
 assert found["settings"]["captured_kinds"] == 3, found["settings"]
 assert set(found["tables"]["step"]) >= {"step", "one batch", "views", "backward", "update"}
@@ -216,7 +218,8 @@ def test_a_run_from_the_store_to_the_report(
     options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
     told = printed(
         "-c", RUN, "run", "--dataset", toy, "--backbone", "vit_micro", "--resolution", "32",
-        "--batch-size", "10", "--epochs", "2", "--device", "cuda", "--run", "made", *options,
+        "--batch-size", "4", "--set", "run.num_images=8", "--epochs", "2", "--device", "cuda",
+        "--run", "made", *options,
     )  # fmt: skip
     assert "loader resident" in told and "GPU's memory" in told
     assert "captured" not in told, "steps of a kind could not be captured"

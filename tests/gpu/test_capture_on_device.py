@@ -21,6 +21,7 @@ pytestmark = [
 ]
 NUM, BATCH = 45, 16  # steps of 16, 16 and 13 rows
 STEPS = 24  # eight epochs: of each kind some are replayed
+BACKBONE = "deit_tiny"
 AHEAD_PX = 112  # of views that another stream makes: large enough to be late
 
 
@@ -31,9 +32,9 @@ def as_it_was() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def parts_of(method: str, place: Path, backbone: str = "deit_tiny", **run: object) -> Parts:
+def parts_of(method: str, place: Path, backbone: str = "", **run: object) -> Parts:
     run = {
-        "dataset": "made", "method": method, "backbone": backbone, "resolution": 32, "epochs": 8,
+        "dataset": "made", "method": method, "backbone": backbone or BACKBONE, "resolution": 32, "epochs": 8,
         "batch_size": BATCH, "loader": "resident", "device": "cuda", "exact": True, **run,
     }  # fmt: skip
     place.mkdir()

@@ -56,7 +56,11 @@ def leave(status: int = 0) -> NoReturn:
 
 
 # Sizes of the GPU's tests that an interpreter gets through.
-SMALLER = {"test_capture_on_device": {"NUM": 5, "BATCH": 3, "STEPS": 12, "AHEAD_PX": 32}}
+SMALLER = {
+    "test_capture_on_device": {
+        "NUM": 5, "BATCH": 3, "STEPS": 12, "BACKBONE": "vit_micro", "AHEAD_PX": 32
+    }
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
