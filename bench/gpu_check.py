@@ -90,6 +90,12 @@ def apart(device: torch.device, **settings: Any) -> dict[str, Any]:
     return step.measure(device, quick=True, **settings)
 
 
+def by_cudnn(device: torch.device) -> dict[str, Any]:
+    """A step whose attention is cuDNN's, which runs do without."""
+    vars(torch.backends.cuda)["enable_cudnn_sdp"] = lambda enabled: None
+    return step.measure(device, quick=True)
+
+
 def within_24_gb(device: torch.device) -> dict[str, Any]:
     """Fine-tuning DeiT-Base at 448 px by 128 images, in as many parts as 24 GB ask for."""
     whole = torch.cuda.get_device_properties(device).total_memory
@@ -147,6 +153,7 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
         ),
         "step_apart": (90, lambda: apart(device)),
         "step_ahead": (90, lambda: step.measure(device, quick=True, settings=AHEAD)),
+        "step_cudnn": (90, lambda: by_cudnn(device)),
         "step_compiled": (120, lambda: step.measure(device, quick=True, settings=COMPILED)),
         "loss": (120, lambda: loss.measure(device, quick=True)),
         "step_base": (90, lambda: step.measure(device, quick=True, backbone="deit_base")),

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,8 @@ def rows_of(times: Times, *, images: int, crops: int, flop: float, peak: float |
 def batches(parts: Parts) -> Iterator[Batch]:
     """A batch for every step, made when it is asked for: nothing runs beside the step."""
     assert isinstance(parts.loader, Resident)
-    return map(parts.loader.batch, count())
+    for number in count():
+        yield parts.with_room(partial(parts.loader.batch, number))
 
 
 def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) -> Times:
@@ -161,7 +163,7 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
         return step(parts, next(coming))
 
     arms: dict[str, Callable[[], object]] = {"step": plain, "one batch": lambda: step(parts, still)}
-    warm_up = 1
+    warm_up, lead = 1, 0
     if captured is not None:
         numbers = count()
         arms = {
@@ -170,10 +172,15 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
             "not captured": plain,
         }
         # Short batches are captured when they come a third time: an epoch is eight steps.
-        warm_up = -(-3 * parts.loader.steps_per_epoch // steps)
+        lead = 3 * parts.loader.steps_per_epoch
+        warm_up = -(-lead // steps)
     found: Times = {name: [] for name in (*arms, *PARTS)}
     for repeat in range(-warm_up, repeats):
-        spent = {name: _mean(device, steps, work) for name, work in arms.items()}
+        spent = {}
+        for name, work in arms.items():
+            if captured is not None and repeat >= 0 and not captured.num_kinds:
+                _mean(device, lead, work)  # graphs gave their memory to what came before
+            spent[name] = _mean(device, steps, work)
         spent |= _parts(parts, coming, steps)
         if repeat >= 0:
             for name, seconds in spent.items():

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fastidmm.record import PUBLISHED, Record, encoder_weights, start_of
 from fastidmm.registry import find
 from fastidmm.store import Store, folder_of, has_split, open_store, stratified
 
+Made = TypeVar("Made")
 CROPS_PER_CPU_PASS = 128  # more at once leave the cache, and are slower
 
 
@@ -47,6 +48,11 @@ class State:
     line: dict[str, Any] = field(default_factory=dict)
 
 
+def nothing() -> bool:
+    """No memory to give back."""
+    return False
+
+
 @dataclass(slots=True)
 class Parts:
     """What a recipe becomes: the loop's tools."""
@@ -64,7 +70,16 @@ class Parts:
     scaler: Scaler | None  # of fp16
     state: State = field(default_factory=State)
     # Gives memory back that can be had again, where a step runs short of it; whether there was any.
-    release: Callable[[], bool] = field(default=lambda: False)
+    release: Callable[[], bool] = nothing
+
+    def with_room(self, work: Callable[[], Made]) -> Made:
+        """What the work gives; where memory is short, once more without what can be given back."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.release():
+                raise
+        return work()
 
 
 def training_rows(recipe: Recipe) -> Store:

@@ -13,7 +13,7 @@ of its own beside the rest: a fork and a join within the graph, for one more cop
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastidmm.assemble import Parts
+from fastidmm.assemble import Parts, nothing
 from fastidmm.batch import Batch
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import mix_of
@@ -58,18 +58,29 @@ class CudaGraph:
     def record(self, work: Callable[[], Any]) -> Any:
         """As `Recording`; whatever stands in the way is raised, and all is as before."""
         stream = torch.cuda.current_stream()
+        # Threads of a loader may use the device meanwhile.
+        capture = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
+        problem: Exception | None = None
         try:
-            # Threads of a loader may use the device meanwhile.
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-                return work()
-        except Exception as problem:
-            # Where a capture is refused, torch stays on its stream, and before version 2.13 its
-            # allocator goes on as if memory were still being captured.
+            with capture:
+                try:
+                    made = work()
+                except Exception as first:
+                    problem = first
+        except Exception as refused:
+            # Where the end of a capture is refused, torch stays on its stream, and before version
+            # 2.13 its allocator goes on as if memory were still being captured, and keeps the pool.
             torch.cuda.set_stream(stream)
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-            # The end of a capture that was refused is an error of its own: what came first counts.
-            raise problem.__context__ or problem from None
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+            problem = problem or refused  # the end's own error says less than what led to it
+        if problem is None:
+            return made
+        try:
+            raise problem
+        finally:
+            del problem  # whose frames hold what was made, and would be held by this one
 
     def replay(self) -> None:
         """As `Recording`."""
@@ -103,13 +114,14 @@ class Captured:
         if self._micro_batches != self.parts.state.micro_batches:
             self._micro_batches = self.parts.state.micro_batches
             self.release()  # graphs of larger parts would hold their memory for nothing
+            self._seen.clear()  # kernels of other shapes are yet to be compiled
         kind = self._kind(number) if batch is None else self._kind_of(batch)
         self._counter.fill_(number)
         if kind not in self._graphs and not self._capture(kind, number, batch):
-            return step(self.parts, batch or self._views(number, self._counter))
+            return step(self.parts, batch or self._views_with_room(number, self._counter))
         graph, made, held = self._graphs[kind]
         if held is not None and (batch is not None or self._made != number):
-            _copy(batch or self._views(number), held)
+            _copy(batch or self._views_with_room(number), held)
         graph.replay()
         if self._ahead and batch is None:
             self._made = number + 1
@@ -125,6 +137,11 @@ class Captured:
         if held and self.parts.store.device.type == "cuda":
             torch.cuda.empty_cache()
         return held
+
+    def close(self) -> None:
+        """Make no step any more: what is left of a run is then freed as soon as nobody holds it."""
+        self.release()
+        self.parts.release = nothing
 
     @property
     def num_kinds(self) -> int:
@@ -163,6 +180,10 @@ class Captured:
         """The batch of a step that the device makes alone; by the counter, where a graph may."""
         assert isinstance(self.parts.loader, Planned)
         return self.parts.loader.batch(number, counter)
+
+    def _views_with_room(self, number: int, counter: Tensor | None = None) -> Batch:
+        """The same outside of a graph, whose memory they may need."""
+        return self.parts.with_room(lambda: self._views(number, counter))
 
     def _place(self, number: int) -> Batch:
         """Where the views of a step lie, if they are made ahead."""
@@ -248,7 +269,10 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
     capture = on_gpu and parts.recipe.run.capture and not left_uncaptured(parts)
     captured = Captured(parts) if capture else None
     under_way: deque[torch.cuda.Event] = deque()
-    with closing(loader.batches(parts.state.step)) as batches:
+    with ExitStack() as ends:
+        batches = ends.enter_context(closing(loader.batches(parts.state.step)))
+        if captured is not None:
+            ends.enter_context(closing(captured))
         for number in count(parts.state.step):
             if captured is None:
                 yield step(parts, clock.wait_for(batches))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -299,11 +300,11 @@ def seen(parts: Parts, every: Cadence, clock: Clock, stop: Stop, *, done: bool) 
     step = parts.state.step
     if done or every.due(step, every.knn):
         with beside(parts, clock, "knn"):
-            found |= features_seen(parts, stop)
+            found |= parts.with_room(partial(features_seen, parts, stop))
     if parts.judge is not None and (done or every.due(step, every.score)):
         split = "holdout" if parts.recipe.run.holdout else "test"
         with beside(parts, clock, "score"):
-            judged = classified(parts, parts.judge, stop)
+            judged = parts.with_room(partial(classified, parts, parts.judge, stop))
         found |= {f"{split}_top1": judged.value, f"{split}_num": judged.num}
     return found
 

@@ -193,11 +193,20 @@ def test_what_a_step_moves_is_counted() -> None:
 
 
 RUN = """
-import json, pathlib
+import json, pathlib, weakref
 import pretended
+import torch
 from pretended.tensors import State
 from fastidmm.__main__ import main
 
+made, begin = weakref.WeakSet(), torch.optim.AdamW.__init__
+
+def beginning(self, *given, **options):
+    assert not len(made), "an earlier stage's moments are still there"
+    begin(self, *given, **options)
+    made.add(self)
+
+torch.optim.AdamW.__init__ = beginning
 try:
     main()
 except SystemExit as end:

@@ -14,6 +14,7 @@ from fastidmm.assemble import Parts, assemble, training_rows
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import UsageError
+from fastidmm.machine import set_up
 from fastidmm.methods.idmm import IDMM
 from fastidmm.record import Record, free_folder
 from fastidmm.step import backward, step
@@ -167,3 +168,10 @@ def test_compiling_and_exactness_exclude_each_other(toy: str) -> None:
     with pytest.raises(UsageError, match="leave one of them out"):
         parts_of(compile=True, exact=True)
     torch.use_deterministic_algorithms(False)
+
+
+def test_attention_is_not_cudnns() -> None:
+    """Whose gradients by one query have been NaN: see `machine.set_up`."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    set_up("cpu", exact=False)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -18,7 +18,10 @@ SHARE = 0.5  # of what is free now; the model, its activations and others need t
 def tier_of(store: Store, device: torch.device) -> Tier | None:
     """The best memory that a store's pixels fit in; None where neither does."""
     num_bytes = store.num_bytes
-    if device.type == "cpu" or num_bytes <= SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cpu":
+        return "device"
+    torch.cuda.empty_cache()  # what an earlier stage had and torch keeps would count as used
+    if num_bytes <= SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     # Only the fused kernels read the host's memory, and torch pins a power of two of bytes.
     pinned = 1 << (num_bytes - 1).bit_length()

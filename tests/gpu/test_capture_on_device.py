@@ -34,8 +34,9 @@ def as_it_was() -> Iterator[None]:
 
 def parts_of(method: str, place: Path, backbone: str = "", **run: object) -> Parts:
     run = {
-        "dataset": "made", "method": method, "backbone": backbone or BACKBONE, "resolution": 32, "epochs": 8,
-        "batch_size": BATCH, "loader": "resident", "device": "cuda", "exact": True, **run,
+        "dataset": "made", "method": method, "backbone": backbone or BACKBONE, "resolution": 32,
+        "epochs": 8, "batch_size": BATCH, "loader": "resident", "device": "cuda",
+        "exact": True, **run,
     }  # fmt: skip
     place.mkdir()
     return assembled({"run": run, "backbone": {"drop_path": 0.3}}, small_store(NUM), place)
