@@ -35,21 +35,21 @@ from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 from fastidmm.run import run_all
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 AHEAD, COMPILED = ["run.views_ahead=true"], ["run.compile=true"]
 CACHE = 8000  # MB of decoded pictures, more than the photographs have
 
 
 def versions() -> dict[str, Any]:
-    """What is installed against what pyproject.toml asks for; missing packages are listed."""
+    """What is installed of what pyproject.toml asks for, by its words; missing packages, too."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     found: dict[str, str] = {}
     for requirement in wanted:
-        name = re.split(r"[ ;<>=\[]", requirement)[0]
+        asked = requirement.partition(";")[0]
         try:
-            found[name] = metadata.version(name)
+            found[asked] = metadata.version(re.split(r"[<>=\[]", asked)[0])
         except metadata.PackageNotFoundError:
-            found[name] = "missing"
+            found[asked] = "missing"
     return {"packages": found, "surroundings": surroundings()}
 
 
@@ -204,7 +204,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     known, told, part = parts(out, photos), out / "result.json", out / "part.json"
     result = json.loads(told.read_text()) if told.exists() else {}  # of parts that went before
-    for name in sys.argv[3:] or list(known):
+    chosen = sys.argv[3:] or list(known)
+    if strange := set(chosen) - set(known):
+        sys.exit(f"no part is called {', '.join(sorted(strange))}: choose from {' '.join(known)}")
+    for name in chosen:
         began = time.perf_counter()
         part.unlink(missing_ok=True)  # of a go that was cut short
         words = [sys.executable, __file__, str(out), str(photos), "--one", name]
