@@ -30,7 +30,7 @@ import torch
 from fastidmm.bench import loader, loss, step, views
 from fastidmm.bench.loader_child import STOCK
 from fastidmm.bench.surroundings import surroundings
-from fastidmm.kernels import add_norm
+from fastidmm.kernels import add_norm, linear_gelu
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 from fastidmm.run import run_all
@@ -85,8 +85,8 @@ def loader_time(photos: Path, device: torch.device) -> dict[str, Any]:
 
 
 def apart(device: torch.device, **settings: Any) -> dict[str, Any]:
-    """A step whose sums and norms are torch's, one by one."""
-    vars(add_norm)["triton"] = None  # as if there were none
+    """A step whose layers and what joins them are torch's, one by one."""
+    vars(add_norm)["triton"] = vars(linear_gelu)["triton"] = None  # as if there were none
     return step.measure(device, quick=True, **settings)
 
 

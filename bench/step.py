@@ -280,7 +280,8 @@ def write_trace(parts: Parts, path: Path) -> None:
     if parts.store.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     coming = batches(parts)
-    with torch.profiler.profile(activities=activities) as profile:
+    # Torch 2.11 warns that it would keep one cycle of several otherwise; there is one.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(3):
             step(parts, next(coming))
         _wait(parts.store.device)

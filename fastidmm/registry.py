@@ -46,6 +46,8 @@ KERNELS = {
     "add_norm": "fastidmm.kernels.add_norm:add_norm",
     "draws": "fastidmm.kernels.draws:draws",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
+    "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",
+    "linear_heads": "fastidmm.kernels.linear_heads:linear_heads",
     "views": "fastidmm.kernels.views:views",
     "words": "fastidmm.kernels.words:words",
 }

@@ -25,6 +25,8 @@ from fastidmm.kernels import (
     add_norm_program,
     draws,
     draws_program,
+    linear_gelu,
+    linear_program,
     views,
     views_programs,
     words,
@@ -148,6 +150,25 @@ def norm_builds(architecture: int) -> dict[str, Build]:
     return found
 
 
+def linear_builds(architecture: int) -> dict[str, Build]:
+    """Gradients of layers and their biases, in bf16; a width is known when they are launched."""
+    arguments = {
+        "gelu": {"D_OUT": "*bf16", "X": "*bf16", "D_X": "*bf16"},
+        "heads": {"D_Q": "*bf16", "D_K": "*bf16", "D_V": "*bf16", "D_X": "*bf16"},
+    }
+    sizes = {"D_BIAS": "*fp32", "num": "i32", "width": "i32:16"}
+    return {
+        f"{name} of {width}": Build(
+            getattr(linear_program, f"{name}_kernel"),
+            own | sizes,
+            linear_gelu.shares_of(76_800, width)[1],
+            {"num_warps": linear_gelu.WARPS},
+        )
+        for name, own in arguments.items()
+        for width in (192, 768)
+    }
+
+
 def draw_builds(architecture: int) -> dict[str, Build]:
     """The draws of pretraining and of fine-tuning."""
     kinds = {
@@ -235,8 +256,7 @@ def built(build: Build, architecture: int) -> dict[str, int]:
 
 KINDS = {
     "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
-    "norms": norm_builds,
-    "launches": launch_builds,
+    "norms": norm_builds, "linear": linear_builds, "launches": launch_builds,
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ STREAM = "kernels/instance_loss_stream.py", "instance_loss_stream"
 VIEWS, VIEWS_CALL = ("kernels/views_programs.py", "views"), ("kernels/views.py", "views")
 DRAWS, DRAWS_CALL = ("kernels/draws_program.py", "draws"), ("kernels/draws.py", "draws")
 NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_norm.py", "add_norm")
+LINEAR, GELU = ("kernels/linear_program.py", "linear"), ("kernels/linear_gelu.py", "linear")
+HEADS = "kernels/linear_heads.py", "linear"
 VIEWS_CPU, WORDS = ("kernels/views_cpu.py", "views_cpu"), ("kernels/words.py", "chance")
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
@@ -25,6 +27,15 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "bias's gradient with the weight": (NORMS, [("        d_bias += g\n        g *= weight[None, :]\n", "        g *= weight[None, :]\n        d_bias += g\n")]),
     "one program's share of the gradient": (NORMS_CALL, [("shares.sum(1)", "shares[:, 0]")]),
     "sum in the branch's type": (NORMS_CALL, [("torch.promote_types(x.dtype, branch.dtype)", "branch.dtype")]),
+    "GELU's gradient without its density": (LINEAR, [("(integral + x * density)", "integral")]),
+    "GELU by a tangent": (LINEAR, [("integral = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)", "integral = tl.sigmoid(1.5957691216 * (x + 0.044715 * x * x * x))")]),
+    "a bias's gradient from one turn": (LINEAR, [("        shares += d_x\n", "        shares = d_x\n")]),
+    "a bias's gradient by one program": (GELU, [("shares.sum(0)", "shares[0]")]),
+    "a bias's gradient twice": (GELU, [("bias.detach()), bias)", "bias), bias)")]),
+    "gradients of keys for values": (LINEAR, [("v = tl.load(D_V + place", "v = tl.load(D_K + place")]),
+    "keys beside queries' next row": (LINEAR, [("tl.store(D_X + to + width, k, here)", "tl.store(D_X + to + 2 * width, k, here)"), ("tl.store(D_X + to + 2 * width, v, here)", "tl.store(D_X + to + width, v, here)")]),
+    "values' bias for keys'": (LINEAR, [("tl.sum(of_k, 0), width,", "tl.sum(of_k, 0), 2 * width,"), ("tl.sum(of_v, 0), 2 * width,", "tl.sum(of_v, 0), width,")]),
+    "heads as they come": (HEADS, [("each.transpose(1, 2).contiguous() for each in gradients", "each.contiguous().view_as(each.transpose(1, 2)) for each in gradients")]),
     "gradient without smoothing": (ROWS, [(" - w * (smoothing / num)\n", "\n")]),
     "loss without smoothing": (ROWS, [(" - tl.where(soft == 0, 0.0, soft * q)", "")]),
     "smoothing over N - 1 (gradient)": (

@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_numbers_have_three_digits(number: float, shown: str) -> None:
 
 def test_surroundings_say_what_is_there() -> None:
     where = made_result()["surroundings"]
-    assert where["packages"]["torch"] == torch.__version__
+    assert where["packages"]["torch"] == metadata.version("torch")
     assert where["packages"]["pillow"] and "kornia" in where["packages"]
     assert where["cores"] == num_cores() and where["cpu"] and where["memory_gb"] > 0
     assert where["date"].endswith("+00:00") and "/" not in where["command"].split()[0]

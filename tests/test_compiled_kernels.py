@@ -75,3 +75,14 @@ def test_sums_and_norms() -> None:
         where = f"{title} for sm_{architecture}: {use}"
         assert use["stack"] == 0 and use["registers"] <= 96, where
         assert use["vector_loads"] >= 3 and use["vector_stores"] >= 3, where
+
+
+def test_gradients_of_layers() -> None:
+    builds = compiled("linear", *SHARED)
+    assert len(builds) == 5 * 2 * 2
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        # Four programs of 128 threads share a multiprocessor's 65,536 registers.
+        assert use["stack"] == 0 and use["registers"] <= 128, where
+        num = 2 if title.startswith("gelu") else 3
+        assert use["vector_loads"] >= num and use["vector_stores"] >= num - 1, where

@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastidmm.bench import gpu_check, loader, loss, step, views
-from fastidmm.kernels import add_norm
+from fastidmm.kernels import add_norm, linear_gelu
 from fastidmm.recipe import Recipe, with_settings
 
 PARTS = list(gpu_check.parts(Path("out"), Path("photos")))
@@ -31,7 +32,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
         monkeypatch.setattr(module, "measure", measure)
     # What parts change of the process that they are alone in.
-    monkeypatch.setitem(vars(add_norm), "triton", object())
+    for module in (add_norm, linear_gelu):
+        monkeypatch.setitem(vars(module), "triton", object())
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
     return found
 
@@ -47,7 +49,8 @@ def test_a_step_is_asked_for_as_a_recipe_has_it(part: str, asked: Asked) -> None
     assert all(getattr(recipe.run, key) == value for key, value in run.items())
     assert recipe.run.views_ahead == (part == "step_ahead")
     assert recipe.run.compile == (part == "step_compiled")
-    assert (vars(add_norm)["triton"] is None) == part.endswith("apart")
+    for kernel in (add_norm, linear_gelu):
+        assert (vars(kernel)["triton"] is None) == part.endswith("apart")
 
 
 @pytest.mark.parametrize("part", ["views", "loss", "loaders"])
@@ -76,7 +79,9 @@ def test_what_a_part_found_is_kept_whatever_the_next_does(
     found = json.loads((out / "result.json").read_text())
     assert list(found) == ["versions", "step"]
     packages = found["versions"]["found"]["packages"]
-    assert packages["torch>=2.8"] == torch.__version__ and "missing" not in packages.values()
+    assert (
+        packages["torch>=2.8"] == metadata.version("torch") and "missing" not in packages.values()
+    )
     if not torch.cuda.is_available():
         assert found["step"]["status"] == 1 and found["step"]["found"] is None
         assert "this machine has no such GPU" in (out / "log.txt").read_text()

@@ -145,9 +145,10 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
         ("test_capture_on_device.py", "ahead and supervised"),
         ("test_on_device.py", "not million and not 112 and not 224 and not never"),
         ("test_norms_on_device.py", "bits or bit or 48 or 65 or 128"),
+        ("test_linear_on_device.py", "not wide"),
         ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and M or waits or fp32"),
     ],
-    ids=["captured", "ahead", "views", "norms", "loss"],
+    ids=["captured", "ahead", "views", "norms", "linear", "loss"],
 )
 def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
     words = ("-m", "pytest", "-p", "pretended", "-p", "no:xdist", "-q", "-m", "gpu", "-k", chosen)
@@ -157,9 +158,8 @@ def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
 BENCH = """
 import pretended, torch
 from fastidmm.bench import step
-from fastidmm.kernels import add_norm
 from synthetic import small_store
-add_norm.ELEMENTS = 1 << 15  # as pretended/__init__.py has it for tests
+pretended.larger()
 whole = step.times_of
 step.times_of = lambda parts, repeats, steps, captured: whole(parts, 1, 1, captured)
 step.noise = lambda num, pictures: small_store(3)
@@ -238,6 +238,6 @@ def test_a_run_from_the_store_to_the_report(
     monkeypatch.setenv("LAUNCHES", str(tmp_path / "launches.json"))
     builds = compiled("launches", "90")
     kernels = {title.split()[0] for _, title, _ in builds}
-    joining = {"forward_kernel", "backward_kernel"}  # of add_norm
-    assert kernels == {"draws", "words", "resize", "means", "finish", "row_kernel"} | joining
+    layers = {"forward_kernel", "backward_kernel", "gelu_kernel", "heads_kernel"}
+    assert kernels == {"draws", "words", "resize", "means", "finish", "row_kernel"} | layers
     assert all(use["stack"] == 0 for *_, use in builds), builds

@@ -2,8 +2,8 @@
 
 Where a branch joins the tokens, sum and norm are one operation (`kernels/add_norm.py`). Where a
 model gives nothing but its class token, its last block makes nothing else: queries, projection and
-hidden layer of the other tokens are read by nobody. And the gradients of queries, keys and values
-are put together in the order that their product has them in, so that no copy is needed.
+hidden layer of the other tokens are read by nobody. And biases of wide layers have their gradients
+from who writes those of the layer (`kernels/linear_gelu.py`, `kernels/linear_heads.py`).
 """
 
 # ruff: noqa: E402
@@ -17,8 +17,11 @@ from torch.nn import functional
 from fastidmm.backbones.drop import DropPath
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.kernels.add_norm import add_norm
+from fastidmm.kernels.linear_gelu import linear_gelu
+from fastidmm.kernels.linear_heads import linear_heads
 
 make_torchvision_importable()
+from timm.layers import Mlp
 from timm.models import pvt_v2
 from timm.models import vision_transformer as vit
 
@@ -36,7 +39,7 @@ class LightBlocks(nn.Sequential):
             return mixed
 
         def hidden(block: Any, normed: Tensor) -> Tensor:
-            made: Tensor = block.ls2(block.mlp(normed))
+            made: Tensor = block.ls2(fed_forward(block.mlp, normed))
             return made
 
         return through(self, x, attention, hidden, alone=self.alone)
@@ -100,20 +103,30 @@ def _joined(
 
 def attended(attn: vit.Attention, x: Tensor, *, alone: bool = False) -> Tensor:
     """Attention among normalised tokens (C, L, D), for all of them or the first `alone`."""
-    shape = (attn.num_heads, attn.head_dim)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
     if alone:
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        sizes = [len(weight) // 3, len(weight) // 3 * 2]
+        shape, sizes = (attn.num_heads, attn.head_dim), [len(weight) // 3, len(weight) // 3 * 2]
         first, others = weight.split(sizes)
         biases = (None, None) if bias is None else bias.split(sizes)
         q = functional.linear(x[:, :1], first, biases[0]).unflatten(2, shape)
         k, v = functional.linear(x, others, biases[1]).unflatten(2, (2, *shape)).unbind(2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (C, heads, L, D / heads)
     else:
-        q, k, v = attn.qkv(x).unflatten(2, (3, *shape)).unbind(2)
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (C, heads, L, D / heads)
+        q, k, v = linear_heads(x, weight, bias, attn.num_heads)
     mixed = functional.scaled_dot_product_attention(q, k, v)
     projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).flatten(2)))
     return projected
+
+
+def fed_forward(mlp: Any, x: Tensor) -> Tensor:
+    """A block's hidden layer and what it says of tokens (C, L, D), whatever kind it is."""
+    made: Tensor
+    if _by_gelu(mlp):
+        hidden = linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias)
+        made = mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(hidden))))
+    else:
+        made = mlp(x)
+    return made
 
 
 def lighten(model: nn.Module) -> nn.Module:
@@ -129,6 +142,13 @@ def lighten(model: nn.Module) -> nn.Module:
         if type(stage) is pvt_v2.PyramidVisionTransformerStage and all(map(_joins, stage.blocks)):
             stage.__class__ = LightStage
     return model
+
+
+def _by_gelu(mlp: Any) -> bool:
+    """Whether its hidden layer is what `linear_gelu` does."""
+    if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear or mlp.fc1.bias is None:
+        return False
+    return type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
 
 
 def _plain(block: nn.Module) -> bool:

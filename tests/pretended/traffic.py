@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastidmm.bench.made import noise
 from fastidmm.bench.training import assembled
-from fastidmm.kernels import add_norm
-from fastidmm.kernels import add_norm_program as program
+from fastidmm.kernels import add_norm_program, linear_program
 from fastidmm.step import step
 
 # Nothing is moved by these.
@@ -124,6 +123,11 @@ class Watched:
         return launch
 
 
+def watched(traffic: Traffic, module: Any, kernel: str, name: str) -> Any:
+    """While it lasts, a kernel's launches are counted under that name."""
+    return patch.object(module, kernel, Watched(traffic, getattr(module, kernel), name))
+
+
 def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]:
     """Launches and bytes of a step of so many images, by operation."""
     run = {
@@ -136,14 +140,13 @@ def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]
         batch: Any = getattr(parts.loader, "batch")  # noqa: B009
         step(parts, batch(next(numbers)))  # tables are made, the optimizer has its moments
         traffic, coming = Traffic(), batch(next(numbers))
-        ahead, back = (
-            Watched(traffic, getattr(program, f"{name}_kernel"), f"add_norm {name}")
-            for name in ("forward", "backward")
-        )
+        pretended.larger()
         with (
             patch.object(functional, "scaled_dot_product_attention", attention(traffic)),
-            patch.multiple(program, forward_kernel=ahead, backward_kernel=back),
-            patch.object(add_norm, "ELEMENTS", 1 << 15),  # for the interpreter's sake
+            watched(traffic, add_norm_program, "forward_kernel", "add_norm forward"),
+            watched(traffic, add_norm_program, "backward_kernel", "add_norm backward"),
+            watched(traffic, linear_program, "gelu_kernel", "linear_gelu backward"),
+            watched(traffic, linear_program, "heads_kernel", "linear_heads backward"),
             traffic,
         ):
             step(parts, coming)

@@ -1,0 +1,126 @@
+"""Layers whose biases' gradients a kernel makes in passing, interpreted, against float64."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastidmm.kernels import linear_gelu as gelu
+from fastidmm.kernels import linear_heads as heads
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels: tests/gpu runs them"
+)
+CASES = {("gelu", name): given for name, given in gelu.cases()} | {
+    ("heads", name): given for name, given in heads.cases()
+}
+FUSED: dict[str, Any] = {"gelu": gelu.fused, "heads": heads.fused}
+PLAIN: dict[str, Any] = {"gelu": gelu.reference, "heads": heads.reference}
+HALF = [torch.bfloat16, torch.float16]
+
+
+def result(work: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    """What comes out, and the gradients of a loss that asks for all of it."""
+    leaves = {
+        key: value.detach().clone().requires_grad_()
+        for key, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    made = work(**given | leaves)
+    made = made if isinstance(made, tuple) else (made,)
+    random = torch.Generator().manual_seed(7)
+    loss = sum(
+        (out.double() * torch.randn(out.shape, generator=random).to(out.device)).sum()
+        for out in made
+    )
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    gradients = {f"d {key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    return {f"out {place}": out.detach() for place, out in enumerate(made)} | gradients
+
+
+def truth(op: str, given: dict[str, Any]) -> dict[str, Tensor]:
+    doubles = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+    return result(PLAIN[op], doubles)
+
+
+def test_the_definitions_are_torchs_layers() -> None:
+    given = CASES["gelu", "2 x 9 x 2 of 16 to 130"]
+    x, weight, bias = given.values()
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 130), torch.nn.GELU())
+    layers.load_state_dict({"0.weight": weight, "0.bias": bias})
+    assert torch.equal(gelu.linear_gelu(x, weight, bias), layers(x))
+    given = CASES["heads", "2 x 7, 3 heads of 5"]
+    for place, made in enumerate(heads.linear_heads(**given)):
+        rows = slice(15 * place, 15 * place + 15)
+        third = functional.linear(given["x"], given["weight"][rows], given["bias"][rows])
+        for head in range(3):
+            torch.testing.assert_close(made[:, head], third[..., 5 * head : 5 * head + 5])
+
+
+@pytest.mark.parametrize(("op", "name"), [k for k in CASES if "no bias" not in k[1]])
+def test_the_kernel_is_the_definition(op: str, name: str) -> None:
+    given = CASES[op, name]
+    found, plain, expected = result(FUSED[op], given), result(PLAIN[op], given), truth(op, given)
+    assert found.keys() == plain.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32 and found[key].shape == value.shape, key
+        # Never more than half as much again as torch's own in fp32.
+        worst = 1.5 * float((plain[key] - value).abs().max()) + 1e-6 * float(value.abs().max())
+        assert float((found[key] - value).abs().max()) <= worst, key
+
+
+@pytest.mark.parametrize("kind", HALF)
+@pytest.mark.parametrize(
+    ("op", "name"), [("gelu", "2 x 9 x 2 of 16 to 130"), ("heads", "3 x 11, 2 heads of 66")]
+)
+def test_under_autocast_it_errs_as_little_as_torch(op: str, name: str, kind: torch.dtype) -> None:
+    given = CASES[op, name]
+    expected = truth(op, given)
+    with torch.autocast("cpu", kind):
+        found, plain = result(FUSED[op], given), result(PLAIN[op], given)
+    for key, value in expected.items():
+        assert found[key].dtype == plain[key].dtype, key
+        worst = 1.5 * float((plain[key] - value).abs().max()) + 1e-6 * float(value.abs().max())
+        assert float((found[key] - value).abs().max()) <= worst, key
+
+
+@pytest.mark.parametrize("num", [1, 33, 40])
+def test_rows_that_many_programs_share(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes several; the last ones find fewer."""
+    monkeypatch.setattr(gelu, "PROGRAMS", 6)
+    monkeypatch.setattr(gelu, "ELEMENTS", 128)
+    random = torch.Generator().manual_seed(num)
+    x, weight = torch.randn(num, 3, 4, generator=random), torch.randn(210, 4, generator=random)
+    given = {"x": x, "weight": weight, "bias": torch.randn(210, generator=random)}
+    asked: dict[str, dict[str, Any]] = {"gelu": given, "heads": {**given, "heads": 2}}
+    for op, arguments in asked.items():
+        found = result(FUSED[op], arguments)
+        for key, value in truth(op, arguments).items():
+            torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_lie_together_or_is_not_asked_for() -> None:
+    """Gradients in another order, as attention may give them; and of one of three."""
+    given = CASES["heads", "2 x 7, 3 heads of 5"]
+    found = []
+    for work in (heads.fused, heads.reference):
+        leaves = {k: given[k].clone().requires_grad_() for k in ("x", "weight", "bias")}
+        q, k, v = work(**given | leaves)
+        (q.mT.contiguous().mT.square() + (k * 2).transpose(0, 2).sum() * 1e-3).sum().backward()
+        assert v.requires_grad
+        found.append([leaf.grad for leaf in leaves.values()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["gelu", "heads"])
+def test_no_rows(op: str) -> None:
+    name = next(name for kind, name in CASES if kind == op)
+    given = CASES[op, name]
+    found = result(FUSED[op], given | {"x": given["x"][:0]})
+    assert not found["d bias"].any() and not found["d weight"].any()
+    assert found["d x"].shape == given["x"][:0].shape
