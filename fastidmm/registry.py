@@ -45,6 +45,7 @@ LOADERS = {
 KERNELS = {
     "add_norm": "fastidmm.kernels.add_norm:add_norm",
     "draws": "fastidmm.kernels.draws:draws",
+    "dwconv_gelu": "fastidmm.kernels.dwconv_gelu:dwconv_gelu",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",
     "linear_heads": "fastidmm.kernels.linear_heads:linear_heads",

@@ -25,6 +25,8 @@ from fastidmm.kernels import (
     add_norm_program,
     draws,
     draws_program,
+    dwconv_gelu,
+    dwconv_gelu_program,
     linear_gelu,
     linear_program,
     views,
@@ -169,6 +171,31 @@ def linear_builds(architecture: int) -> dict[str, Build]:
     }
 
 
+def dwconv_builds(architecture: int) -> dict[str, Build]:
+    """Convolutions of maps as wide as PVTv2 has them from 112 to 448 px, bf16."""
+    kinds = {
+        "*bf16": "X W BIAS OUT D_OUT D_SUM D_X",
+        "*fp32": "D_W D_BIAS",
+        "i32": "maps height width",
+        "i32:16": "hidden",
+    }
+    arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
+    found = {}
+    for width in (4, 7, 14, 28, 56, 112):
+        options = dwconv_gelu.shape_of(width)
+        shape = {key: options.pop(key) for key in ("COLUMNS", "CHANNELS")}
+        for name in ("forward", "sums", "gradient"):
+            own, constants = dict(arguments), dict[str, Any](shape)
+            kernel = dwconv_gelu_program.conv_kernel
+            if name == "forward":
+                constants |= dict.fromkeys(("D_OUT", "D_BIAS"))
+            if name == "gradient":
+                kernel = dwconv_gelu_program.gradient_kernel
+            own = {k: v for k, v in own.items() if k in kernel.arg_names and k not in constants}
+            found[f"{name} of {width}"] = Build(kernel, own, constants, options)
+    return found
+
+
 def draw_builds(architecture: int) -> dict[str, Build]:
     """The draws of pretraining and of fine-tuning."""
     kinds = {
@@ -256,7 +283,8 @@ def built(build: Build, architecture: int) -> dict[str, int]:
 
 KINDS = {
     "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
-    "norms": norm_builds, "linear": linear_builds, "launches": launch_builds,
+    "norms": norm_builds, "linear": linear_builds, "dwconv": dwconv_builds,
+    "launches": launch_builds,
 }  # fmt: skip
 
 

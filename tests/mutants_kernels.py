@@ -12,6 +12,7 @@ DRAWS, DRAWS_CALL = ("kernels/draws_program.py", "draws"), ("kernels/draws.py", 
 NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_norm.py", "add_norm")
 LINEAR, GELU = ("kernels/linear_program.py", "linear"), ("kernels/linear_gelu.py", "linear")
 HEADS = "kernels/linear_heads.py", "linear"
+CONV, CONV_CALL = ("kernels/dwconv_gelu_program.py", "linear"), ("kernels/dwconv_gelu.py", "linear")
 VIEWS_CPU, WORDS = ("kernels/views_cpu.py", "views_cpu"), ("kernels/words.py", "chance")
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
@@ -36,6 +37,16 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "keys beside queries' next row": (LINEAR, [("tl.store(D_X + to + width, k, here)", "tl.store(D_X + to + 2 * width, k, here)"), ("tl.store(D_X + to + 2 * width, v, here)", "tl.store(D_X + to + width, v, here)")]),
     "values' bias for keys'": (LINEAR, [("tl.sum(of_k, 0), width,", "tl.sum(of_k, 0), 2 * width,"), ("tl.sum(of_v, 0), 2 * width,", "tl.sum(of_v, 0), width,")]),
     "heads as they come": (HEADS, [("each.transpose(1, 2).contiguous() for each in gradients", "each.contiguous().view_as(each.transpose(1, 2)) for each in gradients")]),
+    "a convolution mirrored": (CONV, [("made = above + left * w6 + middle * w7 + right * w8", "made = above + right * w6 + middle * w7 + left * w8")]),
+    "a convolution upside down": (CONV, [("at = bias + left * w0 + middle * w1 + right * w2", "at = bias + left * w6 + middle * w7 + right * w8"), ("made = above + left * w6 + middle * w7 + right * w8", "made = above + left * w0 + middle * w1 + right * w2")]),
+    "a map's edge runs on": (CONV, [("inside = (column >= 0) & (column < width) & (y >= 0) & (y < height)", "inside = (y >= 0) & (y < height) & (y * width + column >= 0)")]),
+    "a map runs into the next": (CONV, [(" & (y >= 0) & (y < height)", "")]),
+    "bias once a map": (CONV, [("            at = bias + left * w0", "            at = left * w0")]),
+    "a convolution's gradient not turned round": (CONV, [("made = above + right * w0 + middle * w1 + left * w2", "made = above + left * w0 + middle * w1 + right * w2")]),
+    "the last row's gradient left out": (CONV, [("        _store(D_X + first, height - 1, above, width, hidden, channel, COLUMNS)\n", "")]),
+    "weights' gradient from the row at hand": (CONV, [("d0 += x_above * right", "d0 += x_at * right")]),
+    "weights' gradient by one program": (CONV_CALL, [("d_weight = d_weight.sum(0)", "d_weight = d_weight[0]")]),
+    "weights' gradient as it lies": (CONV_CALL, [("d_weight.sum(0).t().reshape(ctx.shape)", "d_weight.sum(0).reshape(ctx.shape)")]),
     "gradient without smoothing": (ROWS, [(" - w * (smoothing / num)\n", "\n")]),
     "loss without smoothing": (ROWS, [(" - tl.where(soft == 0, 0.0, soft * q)", "")]),
     "smoothing over N - 1 (gradient)": (

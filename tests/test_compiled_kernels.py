@@ -86,3 +86,12 @@ def test_gradients_of_layers() -> None:
         assert use["stack"] == 0 and use["registers"] <= 128, where
         num = 2 if title.startswith("gelu") else 3
         assert use["vector_loads"] >= num and use["vector_stores"] >= num - 1, where
+
+
+def test_convolutions() -> None:
+    builds = compiled("dwconv", *SHARED)
+    assert len(builds) == 5 * 3 * 6
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        # At least three programs of 128 threads share a multiprocessor, or one of 256.
+        assert use["stack"] == 0 and use["registers"] <= 168, where

@@ -2,13 +2,14 @@
 
 Where a branch joins the tokens, sum and norm are one operation (`kernels/add_norm.py`). Where a
 model gives nothing but its class token, its last block makes nothing else: queries, projection and
-hidden layer of the other tokens are read by nobody. And biases of wide layers have their gradients
-from who writes those of the layer (`kernels/linear_gelu.py`, `kernels/linear_heads.py`).
+hidden layer of the other tokens are read by nobody. Biases of wide layers have their gradients from
+who writes those of the layer (`kernels/linear_gelu.py`, `kernels/linear_heads.py`), and a pyramid's
+hidden layers are convolved by a kernel (`kernels/dwconv_gelu.py`).
 """
 
 # ruff: noqa: E402
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 from fastidmm.backbones.drop import DropPath
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.kernels.add_norm import add_norm
+from fastidmm.kernels.dwconv_gelu import dwconv_gelu
 from fastidmm.kernels.linear_gelu import linear_gelu
 from fastidmm.kernels.linear_heads import linear_heads
 
@@ -59,8 +61,7 @@ class LightStage(pvt_v2.PyramidVisionTransformerStage):  # type: ignore[misc]
             return mixed
 
         def hidden(block: Any, normed: Tensor) -> Tensor:
-            made: Tensor = block.mlp(normed, size)
-            return made
+            return fed_among_neighbours(block.mlp, normed, size)
 
         tokens = self.norm(through(self.blocks, x.flatten(1, 2), attention, hidden))
         maps: Tensor = tokens.unflatten(1, size).permute(0, 3, 1, 2).contiguous()
@@ -129,6 +130,17 @@ def fed_forward(mlp: Any, x: Tensor) -> Tensor:
     return made
 
 
+def fed_among_neighbours(mlp: Any, x: Tensor, size: Sequence[int]) -> Tensor:
+    """The same of a pyramid's block, whose hidden layer sees the tokens around on a map."""
+    made: Tensor
+    if _by_dwconv(mlp):
+        hidden = dwconv_gelu(mlp.fc1(x), mlp.dwconv.weight, mlp.dwconv.bias, size)
+        made = mlp.drop(mlp.fc2(mlp.drop(hidden)))
+    else:
+        made = mlp(x, size)
+    return made
+
+
 def lighten(model: nn.Module) -> nn.Module:
     """Let a model's blocks be gone through so, where they are of these kinds."""
     blocks = getattr(model, "blocks", None)
@@ -148,7 +160,19 @@ def _by_gelu(mlp: Any) -> bool:
     """Whether its hidden layer is what `linear_gelu` does."""
     if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear or mlp.fc1.bias is None:
         return False
-    return type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+    return _is_gelu(mlp.act)
+
+
+def _by_dwconv(mlp: Any) -> bool:
+    """Whether its hidden layer is what `dwconv_gelu` does."""
+    if type(mlp) is not pvt_v2.MlpWithDepthwiseConv or type(mlp.relu) is not nn.Identity:
+        return False
+    # timm makes no other convolution there.
+    return type(mlp.dwconv) is nn.Conv2d and mlp.dwconv.bias is not None and _is_gelu(mlp.act)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "none"
 
 
 def _plain(block: nn.Module) -> bool:

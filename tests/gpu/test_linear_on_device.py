@@ -17,8 +17,15 @@ pytestmark = [
 
 
 def given(op: str, width: int, kind: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Of 37 crops, 50 tokens each."""
+    """Of 37 crops, 50 tokens each, or maps of 70."""
     random = torch.Generator().manual_seed(width)
+    if op == "dwconv":
+        return {
+            "x": torch.randn(37, 70, width, generator=random).to(kind).cuda(),
+            "weight": (torch.randn(width, 1, 3, 3, generator=random) / 3).cuda(),
+            "bias": torch.randn(width, generator=random).cuda(),
+            "size": (10, 7),
+        }
     out = width * {"gelu": 4, "heads": 3}[op]
     found: dict[str, Any] = {
         "x": torch.randn(37, 50, width, generator=random).to(kind).cuda(),
@@ -54,6 +61,23 @@ def test_under_autocast_it_errs_as_little_as_torch(op: str, width: int, kind: to
     with torch.autocast("cuda", kind):
         found, plain = result(FUSED[op], asked), result(PLAIN[op], asked)
     compared(op, asked, found, plain)
+
+
+@pytest.mark.parametrize(
+    "side", [4, 14, pytest.param(56, id="wide 56"), pytest.param(112, id="wide 112")]
+)
+def test_maps_of_every_stage(side: int) -> None:
+    """As wide as PVTv2 has them from 112 to 448 px."""
+    random = torch.Generator().manual_seed(side)
+    asked: dict[str, Any] = {
+        "x": torch.randn(2, side * side, 40, generator=random).bfloat16().cuda(),
+        "weight": (torch.randn(40, 1, 3, 3, generator=random) / 3).cuda(),
+        "bias": torch.randn(40, generator=random).cuda(),
+        "size": (side, side),
+    }
+    with torch.autocast("cuda", torch.bfloat16):
+        found, plain = result(FUSED["dwconv"], asked), result(PLAIN["dwconv"], asked)
+    compared("dwconv", asked, found, plain)
 
 
 @pytest.mark.parametrize("op", FUSED)

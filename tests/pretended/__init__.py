@@ -57,9 +57,10 @@ def leave(status: int = 0) -> NoReturn:
 
 def larger() -> None:
     """Have programs hold more: an interpreter's time is by the program, whatever each holds."""
-    from fastidmm.kernels import add_norm, linear_gelu
+    from fastidmm.kernels import add_norm, dwconv_gelu, linear_gelu
 
     add_norm.ELEMENTS = linear_gelu.ELEMENTS = 1 << 15
+    dwconv_gelu.ELEMENTS = 64
 
 
 # Sizes of the GPU's tests that an interpreter gets through.

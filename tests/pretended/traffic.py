@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastidmm.bench.made import noise
 from fastidmm.bench.training import assembled
-from fastidmm.kernels import add_norm_program, linear_program
+from fastidmm.kernels import add_norm_program, dwconv_gelu_program, linear_program
 from fastidmm.step import step
 
 # Nothing is moved by these.
@@ -147,6 +147,8 @@ def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]
             watched(traffic, add_norm_program, "backward_kernel", "add_norm backward"),
             watched(traffic, linear_program, "gelu_kernel", "linear_gelu backward"),
             watched(traffic, linear_program, "heads_kernel", "linear_heads backward"),
+            watched(traffic, dwconv_gelu_program, "conv_kernel", "dwconv_gelu"),
+            watched(traffic, dwconv_gelu_program, "gradient_kernel", "dwconv_gelu gradients"),
             traffic,
         ):
             step(parts, coming)
