@@ -21,6 +21,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,7 @@ import torch
 
 from fastidmm.bench import loader, loss, step, views
 from fastidmm.bench.loader_child import STOCK
+from fastidmm.bench.processes import tree
 from fastidmm.bench.surroundings import surroundings
 from fastidmm.kernels import add_norm, linear_gelu
 from fastidmm.recipe import Recipe
@@ -73,14 +75,20 @@ def gpu_tests() -> dict[str, Any]:
     }
 
 
-def loader_time(photos: Path, device: torch.device) -> dict[str, Any]:
-    """Every loader over the photographs; DALI and its own pipeline with and without a cache.
+def plain_loaders(photos: Path, device: torch.device) -> dict[str, Any]:
+    """Loaders over the photographs, but DALI's, and the plain loop.
 
-    And the plain loop: torch's loader, steps in fp32, one operation at a time.
+    That is torch's loader and steps in fp32 (products in TF32), one operation at a time.
     """
-    cached = [loader.Arm(f"{name}, cache", name, (("cache", CACHE),)) for name in ("dali", STOCK)]
     plain = loader.Arm("torch, fp32", "torch", run=(("precision", "fp32"), ("capture", False)))
-    chosen = [*loader.arms(), *cached, plain]
+    chosen = [*loader.arms(["resident", "ffcv", "torch"]), plain]
+    return loader.measure(device, quick=True, chosen=chosen, photographs=photos)
+
+
+def dali_loaders(photos: Path, device: torch.device) -> dict[str, Any]:
+    """DALI and its own pipeline, with a cache and without, beside `resident`."""
+    cached = [loader.Arm(f"{name}, cache", name, (("cache", CACHE),)) for name in ("dali", STOCK)]
+    chosen = [*loader.arms(["resident", "dali", STOCK]), *cached]
     return loader.measure(device, quick=True, chosen=chosen, photographs=photos)
 
 
@@ -154,7 +162,7 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
         "step_apart": (90, lambda: apart(device)),
         "step_ahead": (90, lambda: step.measure(device, quick=True, settings=AHEAD)),
         "step_cudnn": (90, lambda: by_cudnn(device)),
-        "step_compiled": (120, lambda: step.measure(device, quick=True, settings=COMPILED)),
+        "step_compiled": (200, lambda: step.measure(device, quick=True, settings=COMPILED)),
         "loss": (120, lambda: loss.measure(device, quick=True)),
         "step_base": (90, lambda: step.measure(device, quick=True, backbone="deit_base")),
         "step_base_apart": (90, lambda: apart(device, backbone="deit_base")),
@@ -169,8 +177,9 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
                 resolution=224, batch_size=256,
             ),
         ),
-        "memory": (120, lambda: within_24_gb(device)),
-        "loaders": (240, lambda: loader_time(photos, device)),
+        "memory": (180, lambda: within_24_gb(device)),
+        "loaders": (420, lambda: plain_loaders(photos, device)),
+        "loaders_dali": (420, lambda: dali_loaders(photos, device)),
         "headline": (580, lambda: real_run(out, photos, 800, 200)),
     }  # fmt: skip
 
@@ -190,7 +199,9 @@ def ended(words: list[str], log: IO[str], seconds: float) -> int | str:
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        for pid in tree(child.pid):  # loaders have sessions of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         child.wait()
         return f"not done after {seconds:.0f} s"
 

@@ -22,7 +22,7 @@ from fastidmm.bench.figures import stall
 from fastidmm.bench.made import views_of_idmm
 from fastidmm.bench.processes import cpu_seconds, memory
 from fastidmm.bench.training import assembled
-from fastidmm.capture import WARM_UP, Captured, stepped
+from fastidmm.capture import WARM_UP, Brake, Captured, stepped
 from fastidmm.chance import Counters
 from fastidmm.errors import FastidmmError
 from fastidmm.loaders.files import Files
@@ -53,9 +53,18 @@ class Child:
         self.settings = settings
         self.device = set_up(settings["device"], exact=False)
         self.store = open_store(folder_of(settings["dataset"]), "train")
-        self.free = self._free()
+        self.held = 0  # bytes of the GPU, when it did something last: others use it, too
+        self.enter()
         self.open = self._stock() if settings["loader"] == STOCK else self._planned()
         self.parts: Parts | None = None
+
+    def enter(self) -> None:
+        """What the GPU has free now is what others leave."""
+        self.entered = self._free()
+
+    def leave(self) -> None:
+        """What it has less by now is this process's."""
+        self.held += self.entered - self._free()
 
     def first(self) -> dict[str, Any]:
         """Makes one batch."""
@@ -76,7 +85,7 @@ class Child:
             next(batches)
         turn = self._window(batches, num_cores())
         held = memory(os.getpid())
-        used = self.free - self._free()
+        used = self.held + self.entered - self._free()
         _close(batches)
         cores = turn.core_seconds
         return {
@@ -144,10 +153,13 @@ class Child:
 
     def _on_one(self, parts: Parts, batch: Batch) -> Iterator[Stepped]:
         """Steps on a batch again and again, made as a run makes them."""
-        capture = self.device.type == "cuda" and parts.recipe.run.capture
-        captured = Captured(parts) if capture else None
+        gpu = self.device.type == "cuda"
+        captured = Captured(parts) if gpu and parts.recipe.run.capture else None
+        brake = Brake()
         while True:
             yield captured.step(0, batch) if captured else step(parts, batch)
+            if gpu:
+                brake()
 
     def _unsteady(self) -> int:
         """Batches until every worker has given one, and a cache is full."""
@@ -204,9 +216,14 @@ def main() -> None:
 
     try:
         child = Child(json.loads(sys.argv[1]))
-        say(child.first())
+        answer = child.first()
+        child.leave()
+        say(answer)
         for order in sys.stdin:
-            say(getattr(child, order.strip())())
+            child.enter()
+            answer = getattr(child, order.strip())()
+            child.leave()
+            say(answer)
     except FastidmmError as problem:
         say({"failed": str(problem)})
     except Exception as problem:

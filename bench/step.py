@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -89,10 +90,7 @@ def measure(
         "method": method, "resolution": resolution, "batch_size": size, "loader": "resident",
         "device": str(device),
     }  # fmt: skip
-    tables = with_settings({"run": run}, {}, list(settings))
-    for key, value in run.items():
-        if tables["run"][key] != value:
-            raise UsageError(f"bench step has run.{key} {value}: --set cannot change it.")
+    tables = changed(run, settings)
     # 240 MB of pictures on a GPU: several times what its caches hold, and soon drawn.
     store = noise(NUM, 256 if gpu else 2 * size)
     with workplace() as work:
@@ -100,11 +98,13 @@ def measure(
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         captured = Captured(parts) if gpu and parts.recipe.run.capture else None
+        warm_up(parts, captured)
+        peak_bytes = torch.cuda.max_memory_reserved() if gpu else None  # as a run has it by now
         times = times_of(parts, repeats, steps, captured)
         cut = {"micro_batches": parts.state.micro_batches}
         if captured is not None:
             cut["captured_kinds"] = captured.num_kinds
-        peak_bytes = torch.cuda.max_memory_reserved() if gpu else None  # graphs' pools, too
+            captured.close()
         if trace is not None:
             write_trace(parts, trace)
         flop = flop_of_image(parts.method, next(batches(parts))) * size
@@ -126,6 +126,15 @@ def measure(
             f"({lost['low']:.1%} to {lost['high']:.1%}) is lost to plan and views"
         ],
     )
+
+
+def changed(run: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Tables of a recipe with settings; those that are arguments here cannot be changed."""
+    tables = with_settings({"run": run}, {}, list(settings))
+    for key, value in run.items():
+        if tables["run"][key] != value:
+            raise UsageError(f"bench step has run.{key} {value}: --set cannot change it.")
+    return tables
 
 
 def rows_of(times: Times, *, images: int, crops: int, flop: float, peak: float | None) -> Rows:
@@ -153,6 +162,16 @@ def batches(parts: Parts) -> Iterator[Batch]:
         yield parts.with_room(partial(parts.loader.batch, number))
 
 
+def warm_up(parts: Parts, captured: Captured | None) -> None:
+    """Steps until nothing new comes: a kind is captured when it comes a third time."""
+    if captured is None:
+        step(parts, next(batches(parts)))
+        return
+    turns = 2 if any(group.mix == "alternate" for group in parts.method.views) else 1
+    for number in range(3 * turns * parts.loader.steps_per_epoch):
+        captured.step(number)
+
+
 def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) -> Times:
     """Seconds of a whole step, of one on the same batch again, and of each part, by turns."""
     device = parts.store.device
@@ -163,7 +182,6 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
         return step(parts, next(coming))
 
     arms: dict[str, Callable[[], object]] = {"step": plain, "one batch": lambda: step(parts, still)}
-    warm_up, lead = 1, 0
     if captured is not None:
         numbers = count()
         arms = {
@@ -171,15 +189,12 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
             "one batch": lambda: captured.step(0, still),
             "not captured": plain,
         }
-        # Short batches are captured when they come a third time: an epoch is eight steps.
-        lead = 3 * parts.loader.steps_per_epoch
-        warm_up = -(-lead // steps)
     found: Times = {name: [] for name in (*arms, *PARTS)}
-    for repeat in range(-warm_up, repeats):
+    for repeat in range(-1, repeats):
         spent = {}
         for name, work in arms.items():
-            if captured is not None and repeat >= 0 and not captured.num_kinds:
-                _mean(device, lead, work)  # graphs gave their memory to what came before
+            if captured is not None and not captured.num_kinds and name == "step":
+                warm_up(parts, captured)  # graphs gave their memory to what came before
             spent[name] = _mean(device, steps, work)
         spent |= _parts(parts, coming, steps)
         if repeat >= 0:
@@ -261,7 +276,7 @@ def flop_of_image(method: Method, batch: Batch) -> float:
     """FLOP of the forward and backward passes of an image's crops: 3 times the forward pass's."""
     # On the CPU, where attention and loss are the products that they are defined by.
     alone = copy.deepcopy(method).eval().cpu()  # a compiled copy would be of the original
-    image = batch.micro(batch.num_images)[0].changed(_full)
+    image = replace(batch.micro(batch.num_images)[0].changed(_full), step=0)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         alone(image)

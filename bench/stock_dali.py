@@ -16,9 +16,6 @@ from torch import Tensor
 
 from fastidmm.batch import ViewGroup
 
-# What nvJPEG keeps for the largest pictures of ImageNet, as NVIDIA's examples set it.
-DEVICE_PADDING, HOST_PADDING = 211_025_920, 140_544_512
-
 
 def stock(
     files: list[Path],
@@ -42,11 +39,7 @@ def stock(
     gpu = device.type == "cuda"
     decoder: dict[str, Any] = {"device": "cpu"}
     if gpu:
-        decoder = {
-            "device": "mixed",
-            "device_memory_padding": DEVICE_PADDING,
-            "host_memory_padding": HOST_PADDING,
-        }
+        decoder = {"device": "mixed"}
         if cache:
             decoder |= {"cache_size": cache, "cache_type": "threshold"}
     pipeline = pipeline_def(_pipeline, enable_conditionals=True)(

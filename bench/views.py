@@ -104,11 +104,16 @@ def _arms(
     batch = store.pixels.view(len(store), HEIGHT, WIDTH, 3).permute(0, 3, 1, 2)
     if find_spec("kornia"):
         chains = [_kornia(group) for group in groups]
-        arms["kornia"] = lambda: [
-            chain(batch.float() / 255).to(half)
-            for chain, group in zip(chains, groups, strict=True)
-            for _ in range(group.count)
-        ]
+
+        def by_kornia() -> list[Tensor]:
+            images = batch.float() / 255
+            return [
+                chain(images).to(half)
+                for chain, group in zip(chains, groups, strict=True)
+                for _ in range(group.count)
+            ]
+
+        arms["kornia"] = by_kornia
     transforms = [_torchvision(group) for group in groups]
     arms["torchvision"] = lambda: [
         torch.stack([transform(image) for image in batch]).to(half)

@@ -250,6 +250,19 @@ def _copy(fresh: Batch, fixed: Batch) -> None:
         torch._foreach_copy_(places, sources)
 
 
+class Brake:
+    """Keeps the host within so many steps of the device; called after each step."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> None:
+        """Wait for the step that is too far behind, if there is one."""
+        self._under_way.append(torch.cuda.current_stream().record_event())
+        if len(self._under_way) > AHEAD:
+            self._under_way.popleft().synchronize()
+
+
 def left_uncaptured(parts: Parts) -> str:
     """Why steps of a GPU that were to be captured are not, from the start; "" where nothing is."""
     wanted = parts.store.device.type == "cuda" and parts.recipe.run.capture
@@ -268,7 +281,7 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
     on_gpu = parts.store.device.type == "cuda"
     capture = on_gpu and parts.recipe.run.capture and not left_uncaptured(parts)
     captured = Captured(parts) if capture else None
-    under_way: deque[torch.cuda.Event] = deque()
+    brake = Brake()
     with ExitStack() as ends:
         batches = ends.enter_context(closing(loader.batches(parts.state.step)))
         if captured is not None:
@@ -281,6 +294,4 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
             else:
                 yield captured.step(number, clock.wait_for(batches))
             if on_gpu:
-                under_way.append(torch.cuda.current_stream().record_event())
-                if len(under_way) > AHEAD:
-                    under_way.popleft().synchronize()
+                brake()

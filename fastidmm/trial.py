@@ -37,7 +37,9 @@ BLOCK = 5  # steps timed together
 BEFORE_TAIL = 6  # the first step tried is so far from an epoch's end
 IMAGES = {"cpu": 64, "cuda": 256}  # looked at: the time of a look is theirs, pro rata
 PROBED = 512  # rows
+LAUNCHED = 50_000  # rows up to which a GPU's probe takes the time of its launches, by estimate
 SAMPLE = 0.1  # seconds between two looks at the power
+DRAWING, SETTLING = 3.0, 1.5  # seconds of steps for these, and how many of them NVML averages over
 Kind = tuple[Any, ...]
 
 
@@ -158,8 +160,8 @@ def tried(folder: Path, recipe: Recipe) -> Tried:
         torch.cuda.reset_peak_memory_stats()
     guess = parts.state.micro_batches
     try:
-        with Power(device) as power:
-            blocks, repeats = walk(parts)
+        power = Power(device)
+        blocks, repeats = walk(parts, power)
         look = look_seconds(parts)
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
@@ -186,8 +188,11 @@ def tried(folder: Path, recipe: Recipe) -> Tried:
     return found
 
 
-def walk(parts: Parts) -> tuple[list[Block], float]:
-    """Steps across an epoch's end, as blocks; how many kinds a run has for each one met."""
+def walk(parts: Parts, power: "Power") -> tuple[list[Block], float]:
+    """Steps across an epoch's end, as blocks; how many kinds a run has for each one met.
+
+    What they draw, where it can be measured, by some more of them.
+    """
     state, course, device = parts.state, course_of(parts), parts.store.device
     kind_of = kinds(parts, course) if device.type == "cuda" else lambda number: ()
     # A captured step is recorded, too, before it is what it will be.
@@ -195,7 +200,7 @@ def walk(parts: Parts) -> tuple[list[Block], float]:
     state.step = max(0, course.steps_per_epoch - BEFORE_TAIL)
     seen: Counter[Kind] = Counter()
     blocks: list[Block] = []
-    deadline = time.perf_counter() + SECONDS
+    deadline = float("inf")  # from the second block on: the first may compile
     with closing(stepped(parts, Clock())) as coming:
         while not enough(blocks, course, late=time.perf_counter() > deadline):
             first = now = (is_tail(course, state.step), seen[kind_of(state.step)] >= warm_up)
@@ -207,6 +212,13 @@ def walk(parts: Parts) -> tuple[list[Block], float]:
                 now = (is_tail(course, state.step), seen[kind_of(state.step)] >= warm_up)
             _wait(device)
             blocks.append(Block(*first, num, time.perf_counter() - began))
+            deadline = min(deadline, time.perf_counter() + SECONDS)
+        if device.type == "cuda":
+            with power:
+                until = time.perf_counter() + DRAWING
+                while time.perf_counter() < until:
+                    next(coming)
+                    state.step += 1
     ends = [n for n in range(course.steps) if n % course.steps_per_epoch in (0, course.last)]
     return blocks, len(set(map(kind_of, ends))) / len(seen)
 
@@ -275,10 +287,13 @@ def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
     device = device_of(recipe.run.device)
     chance = torch.Generator().manual_seed(0)
     features = torch.randn(len(labels), width, generator=chance).to(device)
-    began = time.perf_counter()
-    linear_probe(features, labels.to(device), features, classes)
-    _wait(device)
-    return (time.perf_counter() - began) * num / len(labels)
+    gpu = device.type == "cuda"
+    for _ in range(1 + gpu):  # a GPU's first finds its algorithms
+        began = time.perf_counter()
+        linear_probe(features, labels.to(device), features, classes)
+        _wait(device)
+        spent = time.perf_counter() - began
+    return spent * (max(1.0, num / LAUNCHED) if gpu else num / len(labels))
 
 
 def memory_of(device: torch.device) -> int:
@@ -321,8 +336,9 @@ class Power:
 
     @property
     def watts(self) -> float | None:
-        """Their mean."""
-        return sum(self._found) / len(self._found) if self._found else None
+        """The mean of what was told once it had settled."""
+        found = self._found[round(SETTLING / SAMPLE) :] or self._found
+        return sum(found) / len(found) if found else None
 
 
 def _wait(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -343,3 +343,31 @@ def test_it_begins_where_the_store_was_cut(prepared: Prepare, jpegs: list[Path])
         assert torch.equal(pixels, part.image(row))
     with pytest.raises(DataError, match="not prepared from files: choose --loader resident"):
         loader(replace(store, folder=None))
+
+
+def test_a_restart_at_a_short_step_begins_with_a_whole_batch(
+    prepared: Prepare, jpegs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's engines take of every batch is fixed by the first; what is delivered stays."""
+    source = loader(prepared())  # twelve rows by five: the third step is of two
+    asked: list[list[int]] = []
+    begun = Dali._decoder
+
+    def noted(self: Dali, wanted: Iterator[torch.Tensor], batch_size: int) -> Decoder:
+        def rows() -> Iterator[torch.Tensor]:
+            for each in wanted:
+                asked.append(each.tolist())
+                yield each
+
+        return begun(self, rows(), batch_size)
+
+    whole = taken(source, 6)
+    monkeypatch.setattr(Dali, "_decoder", noted)
+    for start in (2, 3, 5):
+        asked.clear()
+        for ours, theirs in zip(taken(source, 6 - start, start), whole[start:], strict=True):
+            for one, other in zip(ours.tensors(), theirs.tensors(), strict=True):
+                assert torch.equal(one, other)
+        first = start - (start != 3)
+        assert [len(rows) for rows in asked[:2]] == ([5, 5] if start == 3 else [5, 2])
+        assert asked[0] == source.rows(first).tolist()

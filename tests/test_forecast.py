@@ -285,6 +285,9 @@ def test_power_is_asked_for_while_steps_are_made(
         while power._thread.is_alive():  # until there is no third
             time.sleep(0.001)
     assert power.watts == 300
+    power._found = [100.0] * 15 + [400.0, 500.0]  # NVML tells a mean of the second before
+    monkeypatch.setattr(trial, "SAMPLE", 0.1)
+    assert power.watts == 450
     assert "energy is not measured" in capsys.readouterr().err
     with trial.Power(torch.device("cpu")) as power:
         pass

@@ -53,14 +53,15 @@ def test_a_step_is_asked_for_as_a_recipe_has_it(part: str, asked: Asked) -> None
         assert (vars(kernel)["triton"] is None) == part.endswith("apart")
 
 
-@pytest.mark.parametrize("part", ["views", "loss", "loaders"])
+@pytest.mark.parametrize("part", ["views", "loss", "loaders", "loaders_dali"])
 def test_other_subjects_are_asked_in_their_words(part: str, asked: Asked) -> None:
     gpu_check.parts(Path("out"), Path("photos"))[part][1]()
     (given,) = asked.values()
     assert given["quick"] and given["device"] == torch.device("cuda")
-    if part == "loaders":
+    if "chosen" in given:
         names = [arm.name for arm in given["chosen"]]
-        assert len(set(names)) == len(names) and {"resident", "torch, fp32"} <= set(names)
+        told = {"loaders": "torch, fp32", "loaders_dali": "dali, cache"}[part]
+        assert len(set(names)) == len(names) and {"resident", told} <= set(names)
 
 
 def test_no_part_outlasts_a_command() -> None:

@@ -92,14 +92,22 @@ class Dali(Planned):
         memory = torch.empty(places.num_bytes, dtype=torch.uint8, device=self.device)
         shares = (places.share(self.rows(step)) for step in count(start_step))
         ahead: deque[Share] = deque()
+        # An engine's share of all batches is fixed by the first. One that begins with an epoch's
+        # short last step is given the step before it, too, as an unbroken run had it.
+        before = self.rows(start_step - 1) if start_step else self.rows(0)
+        short = not self.options.cache and len(self.rows(start_step)) < len(before)
 
         def wanted() -> Iterator[Tensor]:
+            if short:
+                yield before
             while not places.complete:
                 ahead.append(next(shares))
                 if len(ahead[-1].fresh):
                     yield ahead[-1].fresh
 
         with closing(self._decoder(wanted(), self.batch_size)) as decoder:
+            if short:
+                self._decoded(decoder, before)
             for step in count(start_step):
                 share = ahead.popleft() if ahead else next(shares)
                 if len(share.fresh):
@@ -126,12 +134,16 @@ class Dali(Planned):
             engines=0.0 if self.options.cache else ENGINES,
         )
 
+    def _decoded(self, decoder: "Decoder", rows: Tensor) -> tuple[Any, Sizes]:
+        """The next batch's pixels and their sizes, of the files of these rows."""
+        try:
+            return decoder.next()
+        except DataError as problem:
+            raise DataError(f"{self._culprit(rows, problem)}.") from None
+
     def _fetch(self, decoder: "Decoder", share: "Share", memory: Tensor) -> None:
         """Bring a step's fresh pictures into memory; a file that stands in the way is named."""
-        try:
-            pixels, sizes = decoder.next()
-        except DataError as problem:
-            raise DataError(f"{self._culprit(share.fresh, problem)}.") from None
+        pixels, sizes = self._decoded(decoder, share.fresh)
         for row, now, then in zip(
             share.fresh.tolist(), sizes, self.shape[share.fresh].tolist(), strict=True
         ):
