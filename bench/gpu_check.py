@@ -64,7 +64,7 @@ def gpu_tests() -> dict[str, Any]:
     # Releases of other packages there may warn of what is no mistake here.
     words = [
         sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "-m", "gpu", "--durations=5",
-        "-W", "default::DeprecationWarning",
+        "-W", "default::DeprecationWarning", "-W", "default::UserWarning",
     ]  # fmt: skip
     environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
     return {
