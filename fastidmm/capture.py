@@ -121,7 +121,10 @@ class Captured:
             return step(self.parts, batch or self._views_with_room(number, self._counter))
         graph, made, held = self._graphs[kind]
         if held is not None and (batch is not None or self._made != number):
-            _copy(batch or self._views_with_room(number), held)
+            fresh = batch or self._views_with_room(number)
+            if kind not in self._graphs:  # their memory went for these views
+                return step(self.parts, fresh)
+            _copy(fresh, held)
         graph.replay()
         if self._ahead and batch is None:
             self._made = number + 1

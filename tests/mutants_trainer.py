@@ -142,6 +142,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "graphs outlive their run": ((CAPTURE, "capture_memory::test_nothing_of_a_run_outlives_its_steps"), [("        self.parts.release = nothing\n", "")]),
     "other parts captured unwarmed": ((CAPTURE, "capture_memory::test_other_parts_of_a_batch_warm_up_before_they_are_captured"), [("            self._seen.clear()  # kernels of other shapes are yet to be compiled\n", "")]),
     "views short of memory end a run": ((CAPTURE, "capture_memory::test_views_take_the_memory_of_graphs_where_there_is_no_other"), [("return self.parts.with_room(lambda: self._views(number, counter))", "return self._views(number, counter)")]),
+    "a graph replayed without its memory": ((CAPTURE, "capture_memory::test_a_graph_is_not_replayed_whose_memory_went_for_its_views"), [("            if kind not in self._graphs:  # their memory went for these views\n                return step(self.parts, fresh)\n", "")]),
     "this step's views for the next": ((CAPTURE, AHEAD), [("following = self._counter + 1", "following = self._counter + 0")]),
     "graphs whatever comes next": ((CAPTURE, AHEAD), [("return *self._own_kind(number), *self._own_kind(number + 1)", "return self._own_kind(number)")]),
     "views made ahead of another step": ((CAPTURE, AHEAD), [("or self._made != number", "or self._made < 0")]),

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastidmm import capture
 from fastidmm.batch import Batch
 from fastidmm.capture import Captured
+from fastidmm.loaders.planned import Planned
+from fastidmm.step import step
 
 
 def test_short_memory_takes_what_graphs_hold_first(
@@ -75,6 +77,37 @@ def test_views_take_the_memory_of_graphs_where_there_is_no_other(
     monkeypatch.setattr(Captured, "_views", scarce)
     found = [told(captured.step(number)) for number in range(6)]
     assert found == plainly(plain, 6) and held and not captured.num_kinds
+
+
+def test_a_graph_is_not_replayed_whose_memory_went_for_its_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a step back, whose views were not made ahead."""
+    plain = parts_of("idmm", tmp_path / "plain")
+    caught = parts_of("idmm", tmp_path / "caught", views_ahead=True)
+    captured, views_of, short = Captured(caught, Recorded), Captured._views, [False]
+
+    def scarce(self: Captured, number: int, counter: Tensor | None = None) -> Batch:
+        if short[-1] and captured.num_kinds:
+            raise torch.OutOfMemoryError("on purpose")
+        return views_of(self, number, counter)
+
+    replays, replay = list[Recorded](), Recorded.replay
+
+    def noted(self: Recorded) -> None:
+        replays.append(self)
+        replay(self)
+
+    monkeypatch.setattr(Captured, "_views", scarce)
+    monkeypatch.setattr(Recorded, "replay", noted)
+    assert isinstance(plain.loader, Planned)
+    for place, number in enumerate([*range(9), 6]):
+        short.append(place == 9)
+        before = len(replays)
+        found = told(captured.step(number))
+        assert found == told(step(plain, plain.loader.batch(number))), (place, number)
+        assert (len(replays) > before) == (6 <= place < 9)
+    assert not captured.num_kinds
 
 
 def test_an_evaluation_takes_the_memory_of_graphs_where_there_is_no_other(tmp_path: Path) -> None:
