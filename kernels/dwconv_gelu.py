@@ -44,7 +44,7 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, size: Size) -> Tensor:
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, size: Size) -> Tensor:
     """The definition, on any device; autograd gives the gradients."""
-    maps = x.transpose(1, 2).view(len(x), -1, *size)
+    maps = x.transpose(1, 2).unflatten(2, tuple(size))
     made = functional.conv2d(maps, weight, bias, padding=1, groups=len(weight))
     return functional.gelu(made.flatten(2).transpose(1, 2))
 
