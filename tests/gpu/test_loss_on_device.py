@@ -141,7 +141,7 @@ def test_d_logits_of_large_logits(largest: float) -> None:
 
 
 # With logits in memory, and without.
-both_paths = pytest.mark.parametrize("budget", [fused.LOGITS_BYTES, 0], ids=["M", "F"])
+both_paths = pytest.mark.parametrize("budget", [fused.LOGITS_BYTES, 0], ids=["stored", "streamed"])
 
 
 @both_paths
