@@ -26,7 +26,7 @@ except ImportError:  # elsewhere than on Linux
 
 PROGRAMS = 528  # four for each of an H200's multiprocessors: all of them run at once
 
-ELEMENTS = 4  # of a row for each thread: the weights' gradient has nine sums of each in registers
+ELEMENTS = 4  # channels for each thread: the weights' gradient has nine sums of each in registers
 
 Size = Sequence[int]  # height and width
 
@@ -59,11 +59,10 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, size: Size) -> Tensor:
 
 
 def shape_of(width: int) -> dict[str, int]:
-    """How many columns and channels a program has of maps that wide, and its warps."""
-    columns = triton.next_power_of_2(width)
-    warps = 4 if columns <= 32 else 8
-    channels = max(4, 32 * ELEMENTS * warps // columns)
-    return {"COLUMNS": columns, "CHANNELS": channels, "num_warps": warps}
+    """How many pairs of columns and channels a program has of maps that wide, and its warps."""
+    pairs = triton.next_power_of_2(triton.cdiv(width, 2))
+    warps = 4 if pairs <= 32 else 8
+    return {"PAIRS": pairs, "CHANNELS": 32 * ELEMENTS * warps // pairs, "num_warps": warps}
 
 
 class _Dwconv(torch.autograd.Function):
@@ -76,7 +75,7 @@ class _Dwconv(torch.autograd.Function):
         ctx.save_for_backward(x, flat, bias)
         ctx.sizes, ctx.shape = (len(x), *size, x.shape[2]), weight.shape
         made = torch.empty_like(x)
-        grid, options = shares_of(*ctx.sizes)
+        grid, options = shares_of(PROGRAMS, *ctx.sizes)
         with torch.cuda.device_of(x):
             program.conv_kernel[grid](x, flat, bias, None, made, None, *ctx.sizes, **options)
         return made
@@ -87,26 +86,28 @@ class _Dwconv(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight, bias = ctx.saved_tensors
         sizes = ctx.sizes
-        grid, options = shares_of(*sizes)
-        d_sum, d_x = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+        grid, options = shares_of(PROGRAMS, *sizes)
+        # Three of these at once: they have more in registers.
+        fewer, _ = shares_of(PROGRAMS * 3 // 4, *sizes)
+        d_sum, d_x = torch.empty_like(x), torch.empty_like(x)
         d_bias = torch.empty(grid[0], x.shape[2], dtype=torch.float32, device=x.device)
-        d_weight = d_bias.new_empty(grid[0], 9, x.shape[2])
+        d_weight = d_bias.new_empty(fewer[0], 9, x.shape[2])
         with torch.cuda.device_of(x):
             program.conv_kernel[grid](
                 x, weight, bias, d_out.contiguous(), d_sum, d_bias, *sizes, **options
             )
-            program.gradient_kernel[grid](d_sum, x, weight, d_x, d_weight, *sizes, **options)
+            program.gradient_kernel[fewer](d_sum, x, weight, d_x, d_weight, *sizes, **options)
         d_weight = d_weight.sum(0).t().reshape(ctx.shape)
         return d_x, d_weight.to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
 
 
 def shares_of(
-    maps: int, height: int, width: int, hidden: int
+    programs: int, maps: int, height: int, width: int, hidden: int
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """How many programs share so many maps and channels, and how each goes through them."""
+    """How many of so many programs share maps and channels, and how each goes through them."""
     options = shape_of(width)
     blocks = triton.cdiv(hidden, options["CHANNELS"])
-    return (max(1, min(maps, PROGRAMS // blocks)), blocks), options
+    return (max(1, min(maps, programs // blocks)), blocks), options
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:

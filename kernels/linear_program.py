@@ -12,11 +12,47 @@ import triton.language as tl
 
 
 @triton.jit
+def beyond(x):
+    """The normal distribution's integral from |x| on, 4e-8 off at most: 2 to a polynomial."""
+    far = tl.abs(x)
+    power = -1.4118387525741127e-06 * far + 2.2825359337730333e-05
+    power = power * far - 0.00011088776227552444
+    power = power * far - 0.0003079072048421949
+    power = power * far + 0.007268236018717289
+    power = power * far - 0.05262155830860138
+    power = power * far - 0.45917361974716187
+    power = power * far - 1.1511082649230957
+    return tl.exp2(power * far - 1)
+
+
+@triton.jit
+def gelu(x):
+    """What is left of x where it is below zero, or its distance from what GELU makes of it."""
+    return tl.maximum(x, 0) - tl.abs(x) * beyond(x)
+
+
+@triton.jit
+def gelu_gradient(x):
+    """The normal distribution's integral up to x, and x times its density."""
+    rest = beyond(x)
+    density = tl.exp2(-0.7213475204444817 * x * x - 1.325748064736159)
+    return tl.where(x > 0, 1 - rest, rest) + x * density
+
+
+@triton.jit
 def _places(first, num, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows from `first` on, this program's columns, and which of them there are."""
     row = first + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     return row[:, None], column[None, :], (row < num)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def forward_kernel(X, OUT, num, BLOCK: tl.constexpr):
+    """GELU of so many numbers."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + place, place < num, 0.0).to(tl.float32)
+    tl.store(OUT + place, gelu(x).to(OUT.dtype.element_ty), place < num)
 
 
 @triton.jit
@@ -32,9 +68,8 @@ def gelu_kernel(
         row, column, here = _places(first, num, width, ROWS, COLUMNS)
         place = row * width + column
         x = tl.load(X + place, here, 0.0).to(tl.float32)
-        integral = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
-        d_x = tl.load(D_OUT + place, here, 0.0).to(tl.float32) * (integral + x * density)
+        d_out = tl.load(D_OUT + place, here, 0.0).to(tl.float32)
+        d_x = d_out * gelu_gradient(x)
         shares += d_x
         tl.store(D_X + place, d_x.to(D_X.dtype.element_ty), here)
     _leave(D_BIAS, tl.sum(shares, 0), 0, width, width, COLUMNS)

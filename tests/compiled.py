@@ -159,7 +159,13 @@ def linear_builds(architecture: int) -> dict[str, Build]:
         "heads": {"D_Q": "*bf16", "D_K": "*bf16", "D_V": "*bf16", "D_X": "*bf16"},
     }
     sizes = {"D_BIAS": "*fp32", "num": "i32", "width": "i32:16"}
-    return {
+    forward = Build(
+        linear_program.forward_kernel,
+        {"X": "*bf16", "OUT": "*bf16", "num": "i32:16"},
+        {"BLOCK": linear_gelu.ELEMENTS},
+        {"num_warps": linear_gelu.WARPS},
+    )
+    return {"forward": forward} | {
         f"{name} of {width}": Build(
             getattr(linear_program, f"{name}_kernel"),
             own | sizes,
@@ -183,7 +189,7 @@ def dwconv_builds(architecture: int) -> dict[str, Build]:
     found = {}
     for width in (4, 7, 14, 28, 56, 112):
         options = dwconv_gelu.shape_of(width)
-        shape = {key: options.pop(key) for key in ("COLUMNS", "CHANNELS")}
+        shape = {key: options.pop(key) for key in ("PAIRS", "CHANNELS")}
         for name in ("forward", "sums", "gradient"):
             own, constants = dict(arguments), dict[str, Any](shape)
             kernel = dwconv_gelu_program.conv_kernel

@@ -79,12 +79,12 @@ def test_sums_and_norms() -> None:
 
 def test_gradients_of_layers() -> None:
     builds = compiled("linear", *SHARED)
-    assert len(builds) == 5 * 2 * 2
+    assert len(builds) == 5 * (1 + 2 * 2)
     for architecture, title, use in builds:
         where = f"{title} for sm_{architecture}: {use}"
         # Four programs of 128 threads share a multiprocessor's 65,536 registers.
         assert use["stack"] == 0 and use["registers"] <= 128, where
-        num = 2 if title.startswith("gelu") else 3
+        num = {"forward": 1, "gelu": 2, "heads": 3}[title.split()[0]]
         assert use["vector_loads"] >= num and use["vector_stores"] >= num - 1, where
 
 
@@ -93,5 +93,6 @@ def test_convolutions() -> None:
     assert len(builds) == 5 * 3 * 6
     for architecture, title, use in builds:
         where = f"{title} for sm_{architecture}: {use}"
-        # At least three programs of 128 threads share a multiprocessor, or one of 256.
-        assert use["stack"] == 0 and use["registers"] <= 168, where
+        # Four programs of 128 threads share a multiprocessor, three gradients, or one of 256.
+        most = 255 if title == "gradient of 112" else 168 if "gradient" in title else 128
+        assert use["stack"] == 0 and use["registers"] <= most, where

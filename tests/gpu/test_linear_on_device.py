@@ -10,6 +10,8 @@ import torch
 from test_linear import FUSED, PLAIN, result, truth
 from torch import Tensor
 
+from fastidmm.kernels import dwconv_gelu, linear_gelu
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -70,14 +72,22 @@ def test_maps_of_every_stage(side: int) -> None:
     """As wide as PVTv2 has them from 112 to 448 px."""
     random = torch.Generator().manual_seed(side)
     asked: dict[str, Any] = {
-        "x": torch.randn(2, side * side, 40, generator=random).bfloat16().cuda(),
-        "weight": (torch.randn(40, 1, 3, 3, generator=random) / 3).cuda(),
-        "bias": torch.randn(40, generator=random).cuda(),
+        "x": torch.randn(2, side * side, 48, generator=random).bfloat16().cuda(),
+        "weight": (torch.randn(48, 1, 3, 3, generator=random) / 3).cuda(),
+        "bias": torch.randn(48, generator=random).cuda(),
         "size": (side, side),
     }
     with torch.autocast("cuda", torch.bfloat16):
         found, plain = result(FUSED["dwconv"], asked), result(PLAIN["dwconv"], asked)
     compared("dwconv", asked, found, plain)
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_programs_that_take_several_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear_gelu, dwconv_gelu):
+        monkeypatch.setattr(module, "PROGRAMS", 6)
+    asked = given(op, 48)
+    compared(op, asked, result(FUSED[op], asked), result(PLAIN[op], asked))
 
 
 @pytest.mark.parametrize("op", FUSED)

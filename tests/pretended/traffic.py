@@ -145,6 +145,7 @@ def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]
             patch.object(functional, "scaled_dot_product_attention", attention(traffic)),
             watched(traffic, add_norm_program, "forward_kernel", "add_norm forward"),
             watched(traffic, add_norm_program, "backward_kernel", "add_norm backward"),
+            watched(traffic, linear_program, "forward_kernel", "linear_gelu forward"),
             watched(traffic, linear_program, "gelu_kernel", "linear_gelu backward"),
             watched(traffic, linear_program, "heads_kernel", "linear_heads backward"),
             watched(traffic, dwconv_gelu_program, "conv_kernel", "dwconv_gelu"),
