@@ -67,7 +67,7 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        """In a third of torch's instructions, which by count take an H200 longer than its memory."""
+        """In fewer instructions than torch, whose count alone takes longer than the memory."""
         x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.kind = bias.dtype
