@@ -25,7 +25,6 @@ except ImportError:  # elsewhere than on Linux
     triton = None
 
 PROGRAMS = 528  # four for each of an H200's multiprocessors: all of them run at once
-
 ELEMENTS = 4  # channels for each thread: the weights' gradient has nine sums of each in registers
 
 Size = Sequence[int]  # height and width

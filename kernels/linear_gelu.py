@@ -2,9 +2,9 @@
 
     hidden = gelu(x weight^T + bias)
 
-GELU is a kernel's: torch's has 65 instructions a number, and an H200 waits for them rather than for
-its memory. So is the way back, with the bias's gradient, which is the sum of GELU's over all rows:
-torch writes that and reads it once more.
+GELU is a kernel's: torch's has 65 instructions a number, by whose count an H200 waits for them and
+not for its memory. It differs by rounding, and makes NaN of infinity. So is the way back, with the
+bias's gradient, the sum of GELU's over all rows: torch writes that and reads it once more.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The Triton programs of `linear_gelu` and `linear_heads`: gradients, and biases' in passing.
+"""The Triton programs of `linear_gelu` and `linear_heads`: GELU, gradients, and biases' in passing.
 
 A bias's gradient is the sum of its output's over all rows. Here that is summed by the program that
 writes it, so that nobody reads it once more: each program takes every so many rows of a block of
