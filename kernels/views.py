@@ -13,12 +13,13 @@ crops by the plain renderer's own functions.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastidmm import augment, colour
-from fastidmm.batch import ViewGroup
+from fastidmm.batch import Interpolation, ViewGroup
 from fastidmm.kernels import views_cpu
 from fastidmm.plan import Crops, GroupPlan
 from fastidmm.store import Store
@@ -34,7 +35,10 @@ HAS_KERNELS = triton is not None
 
 ROWS = 16  # output rows of a program: the least that a matrix product takes
 COLUMNS = 128  # output columns of a program, at most
-SOURCE_ROWS, SOURCE_COLUMNS = 32, 64  # of a source tile
+RESIZED = {"bilinear": (32, 64), "bicubic": (16, 64)}  # output rows and columns of a program
+PARTS, LANES = 2, 32  # source columns at a time: pixels of a thread, threads of a warp
+# Registers of a thread at most: two programs a processor, whose loads wait for each other less.
+RESIZE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 MOST_RADIUS = 8  # px of a blur; wider tiles do not fit the registers
 PIXELS = 1024  # of a step of `means`
 
@@ -130,10 +134,12 @@ def finish_fused(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torc
     return found.permute(0, 3, 1, 2)
 
 
-def resize_constants(size: int) -> dict[str, int]:
+def resize_constants(size: int, interpolation: Interpolation) -> dict[str, Any]:
     """Of the program that resizes to `size` px."""
-    columns = min(COLUMNS, max(16, triton.next_power_of_2(size)))
-    return {"ROWS": ROWS, "COLUMNS": columns, "TALL": SOURCE_ROWS, "WIDE": SOURCE_COLUMNS}
+    most = RESIZED[interpolation]
+    rows, columns = (min(each, max(16, triton.next_power_of_2(size))) for each in most)
+    shape = {"ROWS": rows, "COLUMNS": columns, "PARTS": PARTS, "LANES": LANES}
+    return {**shape, "CUBIC": interpolation == "bicubic"}
 
 
 def finish_constants(size: int, radius: int) -> dict[str, int]:
@@ -156,10 +162,11 @@ def resize(store: Store, crops: Crops, dtype: torch.dtype) -> Tensor:
     num, size = crops.rows.numel(), crops.size
     found = torch.empty(num, size, size, 3, dtype=dtype, device=store.device)
     if num:
-        constants = resize_constants(size)
-        programs.resize[(num, triton.cdiv(size, ROWS), triton.cdiv(size, constants["COLUMNS"]))](
+        constants = resize_constants(size, crops.interpolation)
+        high, wide = (triton.cdiv(size, constants[side]) for side in ("ROWS", "COLUMNS"))
+        programs.resize[(num, high, wide)](
             store.pixels, store.offset, store.width.contiguous(), crops.rows, crops.window,
             crops.origin, crops.scale, found, size,
-            **constants, CUBIC=crops.interpolation == "bicubic", num_warps=8,
+            **constants, **RESIZE_OPTIONS,
         )  # fmt: skip
     return found

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+FAR = tl.constexpr(1e9)  # in widths of a kernel: no weight reaches there
+
 
 @triton.jit
 def _weight(distance, CUBIC: tl.constexpr):
@@ -34,22 +36,20 @@ def _taps(place, origin, low, high, scale, CUBIC: tl.constexpr):
 
 
 @triton.jit
-def _spread(source, centre, first, last, stretch, CUBIC: tl.constexpr):
-    """How much each source pixel gives to each output pixel, not yet made to sum to one."""
-    weight = _weight((source.to(tl.float32) + 0.5 - centre) / stretch, CUBIC)
-    return tl.where((source >= first) & (source < last), weight, 0.0)
-
-
-@triton.jit
 def resize(
     pixels, offset, width, rows, window, origin, scale, out, size,
-    CUBIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    CUBIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one crop: down the source rows first, then across."""
+    """A block of rows of one crop: down the source rows by sums, then across by products.
+
+    Every byte is used by about two output rows, so the way down is what costs. A thread has
+    PARTS pixels side by side by LANES there, which share their rows' weights and places.
+    """
+    WIDE: tl.constexpr = PARTS * LANES
     crop = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + crop)
-    image, across = tl.load(offset + row), tl.load(width + row).to(tl.int64)
+    image, across = tl.load(offset + row), tl.load(width + row)
     top, left = tl.load(window + crop * 4), tl.load(window + crop * 4 + 1)
     bottom, right = tl.load(window + crop * 4 + 2), tl.load(window + crop * 4 + 3)
     y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -62,43 +62,57 @@ def resize(
         tl.minimum(x, size - 1), tl.load(origin + crop * 2 + 1), left, right,
         tl.load(scale + crop * 2 + 1), CUBIC,
     )  # fmt: skip
-    begin, end = tl.min(first_y, 0), tl.max(last_y, 0)
-    begin_x, end_x = tl.min(first_x, 0), tl.max(last_x, 0)
-    cy, first_y, last_y = cy[:, None], first_y[:, None], last_y[:, None]
+    begin, end = tl.min(first_x, 0), tl.max(last_x, 0)
+    per_row, per_column = 1.0 / tall, 1.0 / wide
+    nearest = (first_y.to(tl.float32) + 0.5 - cy) * per_row
+    many, taps = last_y - first_y, tl.max(last_y - first_y, 0)
+    sum_y = tl.zeros((ROWS,), tl.float32)
+    for t in range(taps):
+        sum_y += tl.where(t < many, _weight(nearest + t * per_row, CUBIC), 0.0)
+    share = (1.0 / sum_y)[:, None]
+    # Bytes from the window's corner: 32 bits are enough, Pillow opens nothing as large.
+    pitch = across * 3
+    corner = pixels + image + (top * across + left) * 3
+    first, final = (first_y * pitch)[None, :, None], ((last_y - 1) * pitch)[None, :, None]
+    nearest, many = nearest[None, :, None], many[None, :, None]
+    lanes = tl.arange(0, PARTS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     red = tl.zeros((ROWS, COLUMNS), tl.float32)
     green = tl.zeros((ROWS, COLUMNS), tl.float32)
     blue = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_y, sum_x = tl.zeros((ROWS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-    for h in range(begin, end, TALL):
-        sy = (h + tl.arange(0, TALL))[None, :]
-        sum_y += tl.sum(_spread(sy, cy, first_y, last_y, tall, CUBIC), 1)
-    for w in range(begin_x, end_x, WIDE):
+    sum_x = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for w in range(begin, end, WIDE):
+        down_r = tl.zeros((PARTS, ROWS, LANES), tl.float32)
+        down_g = tl.zeros((PARTS, ROWS, LANES), tl.float32)
+        down_b = tl.zeros((PARTS, ROWS, LANES), tl.float32)
+        # What lies beyond is read at the last pixel, without weight: a mask would cost more.
+        source = corner + tl.minimum(w + lanes, end - 1) * 3
+        for t in range(taps):
+            wy = tl.where(t < many, _weight(nearest + t * per_row, CUBIC), 0.0)
+            at = source + tl.minimum(first + t * pitch, final).to(tl.uint32)
+            down_r += wy * tl.load(at).to(tl.float32)
+            down_g += wy * tl.load(at + 1).to(tl.float32)
+            down_b += wy * tl.load(at + 2).to(tl.float32)
         sx = w + tl.arange(0, WIDE)
-        wx = _spread(sx[:, None], cx, first_x, last_x, wide, CUBIC)
-        sum_x += tl.sum(wx, 0)
-        wx = (wx / wide).to(tl.float16)
-        down_r = tl.zeros((ROWS, WIDE), tl.float32)
-        down_g = tl.zeros((ROWS, WIDE), tl.float32)
-        down_b = tl.zeros((ROWS, WIDE), tl.float32)
-        for h in range(begin, end, TALL):
-            sy = h + tl.arange(0, TALL)
-            wy = _spread(sy[None, :], cy, first_y, last_y, tall, CUBIC) / sum_y[:, None]
-            at = ((top + sy)[:, None] * across + (left + sx)[None, :]) * 3
-            here = (sy < end)[:, None] & (sx < right - left)[None, :]
-            source = pixels + image + at
-            down_r = tl.dot(wy.to(tl.float16), tl.load(source, here, 0).to(tl.float16), down_r)
-            down_g = tl.dot(wy.to(tl.float16), tl.load(source + 1, here, 0).to(tl.float16), down_g)
-            down_b = tl.dot(wy.to(tl.float16), tl.load(source + 2, here, 0).to(tl.float16), down_b)
-        red = tl.dot(down_r.to(tl.float16), wx, red)
-        green = tl.dot(down_g.to(tl.float16), wx, green)
-        blue = tl.dot(down_b.to(tl.float16), wx, blue)
-    factor = (wide / (255.0 * sum_x))[None, :]
+        place = tl.where(sx < end, (sx.to(tl.float32) + 0.5) * per_column, FAR)
+        wx = _weight(place[None, :] - (cx * per_column)[:, None], CUBIC).to(tl.float16)
+        wx = tl.trans(wx)
+        red = tl.dot(_flat(down_r, share, ROWS, WIDE), wx, red)
+        green = tl.dot(_flat(down_g, share, ROWS, WIDE), wx, green)
+        blue = tl.dot(_flat(down_b, share, ROWS, WIDE), wx, blue)
+        sum_x = tl.dot(tl.full((ROWS, WIDE), 1.0, tl.float16), wx, sum_x)
+    factor = 1.0 / (255.0 * sum_x)
     at = ((crop * size + y)[:, None] * size + x[None, :]) * 3
     here = (y < size)[:, None] & (x < size)[None, :]
     kind = out.dtype.element_ty
     tl.store(out + at, _unit(red * factor).to(kind), here)
     tl.store(out + at + 1, _unit(green * factor).to(kind), here)
     tl.store(out + at + 2, _unit(blue * factor).to(kind), here)
+
+
+@triton.jit
+def _flat(x, share, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Parts side by side again, each row by its share."""
+    return (tl.reshape(tl.permute(x, (1, 0, 2)), (ROWS, WIDE)) * share).to(tl.float16)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastidmm.batch import Interpolation
 from fastidmm.kernels import (
     add_norm,
     add_norm_program,
@@ -122,10 +123,11 @@ def view_builds(architecture: int) -> dict[str, Build]:
     places = {"out": "*bf16", "box": "*i64", "goes_to": "*i64"}
     found = {"means": Build(views_programs.means, chain, {"BLOCK": views.PIXELS}, {})}
     for size in (112, 224, 448):
-        for cubic in (False, True):
-            title = f"resize to {size}, {'bicubic' if cubic else 'bilinear'}"
-            constants = {**views.resize_constants(size), "CUBIC": cubic}
-            found[title] = Build(views_programs.resize, source, constants, {"num_warps": 8})
+        kinds: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+        for kind in kinds:
+            title = f"resize to {size}, {kind}"
+            constants = views.resize_constants(size, kind)
+            found[title] = Build(views_programs.resize, source, constants, views.RESIZE_OPTIONS)
         arguments = {**chain, **rest, **places, **colours}
         constants = {**views.finish_constants(size, 8), "BLUR": True, "CUTMIX": True}
         finish = Build(views_programs.finish, arguments, constants, {"num_warps": 8})
