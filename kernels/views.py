@@ -1,15 +1,16 @@
-"""All views of a group from uint8 pixels: resize, colours, blur and CutMix in three launches.
+"""All views of a group from uint8 pixels: resize, colours, blur and mixing in four launches.
 
 `fastidmm.augment.render` is the definition; on a CPU `views_cpu` does the work. What differs here:
 sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
 resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
-1/255 where it is bicubic. What the kernels do not know, RandAugment and Mixup, is done to resized
-crops by the plain renderer's own functions.
+1/255 where it is bicubic. What the kernels do not know is done to resized crops by the plain
+renderer's own functions.
 
-    resize   a program per crop and block of it: both passes as small matrix products
-    means    a program per crop: the gray that contrast turns about, at its place in the order
-    finish   a program per crop and block of it: jitter, gray, blur, solarize, flip, normalise, and
-             each pixel stored where CutMix wants it, once
+    resize   a program per crop and block of it: source rows by sums, columns by matrix products
+    means    eight programs per crop: the gray that contrast turns about, at its place in the order
+    tint     a program per crop and block of it: jitter and gray, in place
+    finish   a program per crop and strip of it: blur, solarize, flip, Mixup, normalise, and each
+             pixel stored where CutMix wants it, once
 """
 
 import math
@@ -33,14 +34,14 @@ except ImportError:  # elsewhere than on Linux
 
 HAS_KERNELS = triton is not None
 
-ROWS = 16  # output rows of a program: the least that a matrix product takes
-COLUMNS = 128  # output columns of a program, at most
+ROWS = 16  # finished at a time: the least that a matrix product takes
+STRIP, COLUMNS = 64, 128  # rows and columns of a program that finishes, at most
 RESIZED = {"bilinear": (32, 64), "bicubic": (16, 64)}  # output rows and columns of a program
 PARTS, LANES = 2, 32  # source columns at a time: pixels of a thread, threads of a warp
 # Registers of a thread at most: two programs a processor, whose loads wait for each other less.
 RESIZE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 MOST_RADIUS = 8  # px of a blur; wider tiles do not fit the registers
-PIXELS = 1024  # of a step of `means`
+PIXELS, SPLITS = 1024, 8  # of a step of those that jitter; programs that sum up a crop
 
 
 def views(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
@@ -93,8 +94,9 @@ def finish_reference(
 
 def fusible(plan: GroupPlan, group: ViewGroup) -> bool:
     """Whether the kernels know all that a plan asks for."""
-    known = plan.mix != "mixup" and not plan.operation.shape[1]
-    return known and (not group.blur or _radius(group) <= MOST_RADIUS)
+    if plan.operation.shape[1]:
+        return False
+    return not group.blur or (plan.mix != "mixup" and _radius(group) <= MOST_RADIUS)
 
 
 def _radius(group: ViewGroup) -> int:
@@ -111,27 +113,43 @@ def fused(store: Store, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -
 
 
 def finish_fused(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torch.dtype) -> Tensor:
-    """The same by two kernels, or by the plain renderer's functions where they do not know all."""
+    """The same by kernels, or by the plain renderer's functions where they do not know all.
+
+    `resized` may be written to.
+    """
     if not fusible(plan, group):
         return finish_reference(resized, plan, group, dtype)
     num, size = resized.shape[:2]
-    device = resized.device
-    found = torch.empty(num, size, size, 3, dtype=dtype, device=device)
-    if not num:
-        return found.permute(0, 3, 1, 2)
-    mean = torch.empty(num, dtype=torch.float32, device=device)
-    chain = (plan.jitter, plan.order, plan.factors, plan.gray)
-    programs.means[(num,)](resized, mean, *chain[:3], size, BLOCK=PIXELS)
-    radius = _radius(group) if group.blur else 0
-    goes_to = torch.empty_like(plan.partner)
-    goes_to[plan.partner] = torch.arange(num, device=device)
-    constants = finish_constants(size, radius)
-    programs.finish[(num, triton.cdiv(size, ROWS), triton.cdiv(size, constants["COLUMNS"]))](
-        resized, found, mean, *chain, plan.blur, plan.sigma, plan.solarize, plan.flip,
-        plan.box, goes_to, size, *group.mean, *group.std,
-        **constants, BLUR=bool(group.blur), CUTMIX=plan.mix == "cutmix", num_warps=8,
-    )  # fmt: skip
+    found = torch.empty_like(resized, dtype=dtype)
+    if num:
+        if group.jitter or group.gray:
+            _tint(resized, plan)
+        constants = finish_constants(size, group)
+        goes_to = torch.empty_like(plan.partner)
+        goes_to[plan.partner] = torch.arange(num, device=resized.device)
+        sides = (triton.cdiv(size, constants[name]) for name in ("STRIP", "COLUMNS"))
+        programs.finish[(num, *sides)](
+            resized, found, plan.blur, plan.sigma, plan.solarize, plan.flip, plan.partner,
+            goes_to, plan.box, plan.weight, size, *group.mean, *(1 / std for std in group.std),
+            **constants, CUTMIX=plan.mix == "cutmix", MIXUP=plan.mix == "mixup",
+        )  # fmt: skip
     return found.permute(0, 3, 1, 2)
+
+
+def _tint(resized: Tensor, plan: GroupPlan) -> None:
+    """Jitter and gray as drawn, in place."""
+    num, size = resized.shape[:2]
+    part = torch.empty(num, SPLITS, dtype=torch.float32, device=resized.device)
+    chain, constants = (plan.jitter, plan.order, plan.factors), tint_constants()
+    programs.means[(num, SPLITS)](resized, part, *chain, size, **constants)
+    programs.tint[(num, triton.cdiv(size * size, PIXELS))](
+        resized, part, *chain, plan.gray, size, **constants
+    )
+
+
+def tint_constants() -> dict[str, int]:
+    """Of the two programs that jitter."""
+    return {"SPLITS": SPLITS, "BLOCK": PIXELS}
 
 
 def resize_constants(size: int, interpolation: Interpolation) -> dict[str, Any]:
@@ -142,11 +160,14 @@ def resize_constants(size: int, interpolation: Interpolation) -> dict[str, Any]:
     return {**shape, "CUBIC": interpolation == "bicubic"}
 
 
-def finish_constants(size: int, radius: int) -> dict[str, int]:
-    """Of the program that finishes crops of `size` px, blurred from so many px around."""
+def finish_constants(size: int, group: ViewGroup) -> dict[str, Any]:
+    """Of the program that finishes crops of `size` px, and how many warps it has."""
+    radius = _radius(group) if group.blur else 0
     columns, wide = _blocks(size, radius)
     tall = triton.next_power_of_2(ROWS + 2 * radius)
-    return {"RADIUS": radius, "ROWS": ROWS, "COLUMNS": columns, "TALL": tall, "WIDE": wide}
+    shape = {"ROWS": ROWS, "TALL": tall, "COLUMNS": columns, "WIDE": wide, "STRIP": STRIP}
+    # The wider, the more threads, so that a blurred tile fits the registers and loads overlap.
+    return {**shape, "RADIUS": radius, "BLUR": bool(group.blur), "num_warps": max(4, columns // 8)}
 
 
 def _blocks(size: int, radius: int) -> tuple[int, int]:

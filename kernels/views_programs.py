@@ -1,4 +1,4 @@
-"""The three Triton programs of `views`; that file says what each is for."""
+"""The Triton programs of `views`; that file says what each is for."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # mypy: disable-error-code="untyped-decorator"
@@ -101,12 +101,39 @@ def resize(
         blue = tl.dot(_flat(down_b, share, ROWS, WIDE), wx, blue)
         sum_x = tl.dot(tl.full((ROWS, WIDE), 1.0, tl.float16), wx, sum_x)
     factor = 1.0 / (255.0 * sum_x)
-    at = ((crop * size + y)[:, None] * size + x[None, :]) * 3
     here = (y < size)[:, None] & (x < size)[None, :]
-    kind = out.dtype.element_ty
-    tl.store(out + at, _unit(red * factor).to(kind), here)
-    tl.store(out + at + 1, _unit(green * factor).to(kind), here)
-    tl.store(out + at + 2, _unit(blue * factor).to(kind), here)
+    red, green, blue = _unit(red * factor), _unit(green * factor), _unit(blue * factor)
+    _store(_of(out, crop, size), red, green, blue, _place(y, x, size), here)
+
+
+@triton.jit
+def _of(pixels, crop, size):
+    """Where a crop begins; within it 32 bits are enough."""
+    return pixels + crop * size * size * 3
+
+
+@triton.jit
+def _place(y, x, size):
+    """Of pixels within a crop, channels last."""
+    return ((y * size)[:, None] + x[None, :]) * 3
+
+
+@triton.jit
+def _load(crop, at):
+    """Three channels of pixels at places within a crop."""
+    pixels = crop + at
+    red, green, blue = tl.load(pixels), tl.load(pixels + 1), tl.load(pixels + 2)
+    return red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
+
+
+@triton.jit
+def _store(crop, red, green, blue, at, here):
+    """Store pixels at places within a crop."""
+    pixels = crop + at
+    kind = crop.dtype.element_ty
+    tl.store(pixels, red.to(kind), here)
+    tl.store(pixels + 1, green.to(kind), here)
+    tl.store(pixels + 2, blue.to(kind), here)
 
 
 @triton.jit
@@ -173,50 +200,46 @@ def _jitter(red, green, blue, order, factors, mean, before_contrast: tl.constexp
 
 
 @triton.jit
-def _read(
-    resized, crop, y, x, jitter, order, factors, gray, mean, size,
-    before_contrast: tl.constexpr,
+def means(
+    resized, part, jitter, order, factors, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Pixels of a crop, jittered and grayed as drawn."""
-    at = ((crop * size + y) * size + x) * 3
-    red = tl.load(resized + at).to(tl.float32)
-    green = tl.load(resized + at + 1).to(tl.float32)
-    blue = tl.load(resized + at + 2).to(tl.float32)
+    """Sums of the gray that each jittered crop's contrast turns about, (crops, splits)."""
+    crop, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(jitter + crop):
-        red, green, blue = _jitter(
-            red, green, blue, order + crop * 4, factors + crop * 4, mean, before_contrast
-        )
-    shaded = False
-    if not before_contrast:
-        shaded = tl.load(gray + crop) != 0
-    if shaded:
-        shade = _luma(red, green, blue)
-        red, green, blue = shade, shade, shade
-    return red, green, blue
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(split * BLOCK, size * size, SPLITS * BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            last = tl.minimum(place, size * size - 1)
+            red, green, blue = _load(_of(resized, crop, size), last * 3)
+            red, green, blue = _jitter(
+                red, green, blue, order + crop * 4, factors + crop * 4, 0.0, True
+            )
+            total += tl.where(place < size * size, _luma(red, green, blue), 0.0)
+        tl.store(part + crop * SPLITS + split, tl.sum(total, 0))
 
 
 @triton.jit
-def means(resized, mean, jitter, order, factors, size, BLOCK: tl.constexpr):
-    """The gray that each crop's contrast turns about."""
+def tint(
+    resized, part, jitter, order, factors, gray, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block of one crop's pixels jittered and grayed as drawn, where they lie."""
     crop = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size * size, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        last = tl.minimum(place, size * size - 1)
-        red, green, blue = _read(
-            resized, crop, last // size, last % size, jitter, order, factors, jitter, 0.0,
-            size, True,
-        )  # fmt: skip
-        total += tl.where(place < size * size, _luma(red, green, blue), 0.0)
-    tl.store(mean + crop, tl.sum(total, 0) / (size * size))
-
-
-@triton.jit
-def _blurred(x, down, across):
-    """A tile spread down and across by weights that need not sum to one."""
-    total_y, total_x = tl.sum(down.to(tl.float32), 1), tl.sum(across.to(tl.float32), 0)
-    rows = tl.dot(down, x.to(tl.float16)) / total_y[:, None]
-    return tl.dot(rows.to(tl.float16), across) / total_x[None, :]
+    jittered, grayed = tl.load(jitter + crop) != 0, tl.load(gray + crop) != 0
+    if jittered | grayed:
+        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        here = place < size * size
+        at, pixels = tl.minimum(place, size * size - 1) * 3, _of(resized, crop, size)
+        red, green, blue = _load(pixels, at)
+        if jittered:
+            sums = tl.load(part + crop * SPLITS + tl.arange(0, SPLITS))
+            mean = tl.sum(sums, 0) / (size * size)
+            red, green, blue = _jitter(
+                red, green, blue, order + crop * 4, factors + crop * 4, mean, False
+            )
+        if grayed:
+            shade = _luma(red, green, blue)
+            red, green, blue = shade, shade, shade
+        _store(pixels, red, green, blue, at, here)
 
 
 @triton.jit
@@ -227,64 +250,93 @@ def _bell(distance, sigma, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _block_blurred(
-    resized, crop, begin, begin_x, jitter, order, factors, gray, turned, sigma, size,
-    RADIUS: tl.constexpr, ROWS: tl.constexpr, TALL: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """A block of rows, blurred: from the rows and columns around it, the edge repeated."""
-    tall, wide = tl.arange(0, TALL), tl.arange(0, WIDE)
-    y = tl.minimum(tl.maximum(begin + tall - RADIUS, 0), size - 1)
-    around = tl.minimum(tl.maximum(begin_x + wide - RADIUS, 0), size - 1)
-    red, green, blue = _read(
-        resized, crop, y[:, None], around[None, :], jitter, order, factors, gray, turned,
-        size, False,
-    )  # fmt: skip
-    width = tl.load(sigma + crop)
-    down = _bell(tall[None, :] - RADIUS - tl.arange(0, ROWS)[:, None], width, RADIUS)
-    across = _bell(wide[:, None] - RADIUS - tl.arange(0, COLUMNS)[None, :], width, RADIUS)
-    red, green = _blurred(red, down, across), _blurred(green, down, across)
-    return red, green, _blurred(blue, down, across)
+def _blurred(x, down, across, per_row, per_column):
+    """A tile of one channel spread down and across by weights, and what their sums divide by."""
+    rows = tl.dot(down, x.to(tl.float16)) * per_row
+    return tl.dot(rows.to(tl.float16), across) * per_column
+
+
+@triton.jit
+def _mirrored(crop, y, x, flip, size):
+    """Places of a crop's pixels, mirrored as drawn, the edge repeated beyond it."""
+    last = size - 1
+    y, x = tl.minimum(tl.maximum(y, 0), last), tl.minimum(tl.maximum(x, 0), last)
+    return _place(y, tl.where(tl.load(flip + crop) != 0, last - x, x), size)
+
+
+@triton.jit
+def _solarized(x, solarize):
+    return tl.where((x >= 128 / 255) & solarize, 1.0 - x, x)
 
 
 @triton.jit
 def finish(
-    resized, out, mean, jitter, order, factors, gray, blur, sigma, solarize, flip, box,
-    goes_to, size, mean_r, mean_g, mean_b, std_r, std_g, std_b,
+    resized, out, blur, sigma, solarize, flip, partner, goes_to, box, weight, size,
+    mean_r, mean_g, mean_b, per_r, per_g, per_b,
     RADIUS: tl.constexpr, ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    COLUMNS: tl.constexpr, BLUR: tl.constexpr, CUTMIX: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIP: tl.constexpr, BLUR: tl.constexpr, CUTMIX: tl.constexpr,
+    MIXUP: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one crop, from resized pixels to where the model reads them."""
+    """A strip of one crop, from tinted pixels to where the model reads them.
+
+    A blur's weights across are made once a strip; Mixup does without blur.
+    """
     crop = tl.program_id(0).to(tl.int64)
-    begin, begin_x = tl.program_id(1) * ROWS, tl.program_id(2) * COLUMNS
-    y, x = begin + tl.arange(0, ROWS), begin_x + tl.arange(0, COLUMNS)
-    last, turned = size - 1, tl.load(mean + crop)
+    first, begin_x = tl.program_id(1) * STRIP, tl.program_id(2) * COLUMNS
+    end, x = tl.minimum(first + STRIP, size), begin_x + tl.arange(0, COLUMNS)
+    pixels, told = _of(resized, crop, size), tl.load(solarize + crop) != 0
+    places = (out, goes_to, box, crop, x, size)
+    colours = (mean_r, mean_g, mean_b, per_r, per_g, per_b)
     spread = False
     if BLUR:
         spread = tl.load(blur + crop) != 0
     if spread:
-        red, green, blue = _block_blurred(
-            resized, crop, begin, begin_x, jitter, order, factors, gray, turned, sigma, size,
-            RADIUS, ROWS, TALL, COLUMNS, WIDE,
-        )  # fmt: skip
+        tall, wide = tl.arange(0, TALL) - RADIUS, tl.arange(0, WIDE) - RADIUS
+        width = tl.load(sigma + crop)
+        down = _bell(tall[None, :] - tl.arange(0, ROWS)[:, None], width, RADIUS)
+        across = _bell(wide[:, None] - tl.arange(0, COLUMNS)[None, :], width, RADIUS)
+        per_row = (1.0 / tl.sum(down.to(tl.float32), 1))[:, None]
+        per_column = (1.0 / tl.sum(across.to(tl.float32), 0))[None, :]
+        for begin in range(first, end, ROWS):
+            at = pixels + _mirrored(crop, begin + tall, begin_x + wide, flip, size)
+            red = _blurred(tl.load(at), down, across, per_row, per_column)
+            green = _blurred(tl.load(at + 1), down, across, per_row, per_column)
+            blue = _blurred(tl.load(at + 2), down, across, per_row, per_column)
+            red, green = _solarized(red, told), _solarized(green, told)
+            y = begin + tl.arange(0, ROWS)
+            _put(red, green, _solarized(blue, told), y, places, colours, CUTMIX)
     else:
-        red, green, blue = _read(
-            resized, crop, tl.minimum(y, last)[:, None], tl.minimum(x, last)[None, :], jitter,
-            order, factors, gray, turned, size, False,
-        )  # fmt: skip
-    if tl.load(solarize + crop):
-        red = tl.where(red >= 128 / 255, 1.0 - red, red)
-        green = tl.where(green >= 128 / 255, 1.0 - green, green)
-        blue = tl.where(blue >= 128 / 255, 1.0 - blue, blue)
-    x = tl.where(tl.load(flip + crop) != 0, last - x, x)
-    red, green, blue = (red - mean_r) / std_r, (green - mean_g) / std_g, (blue - mean_b) / std_b
-    here = ((y < size)[:, None] & (x >= 0)[None, :]) & (x < size)[None, :]
+        for begin in range(first, end, ROWS):
+            y = begin + tl.arange(0, ROWS)
+            red, green, blue = _load(pixels, _mirrored(crop, y, x, flip, size))
+            red, green = _solarized(red, told), _solarized(green, told)
+            blue = _solarized(blue, told)
+            if MIXUP:
+                other, own = tl.load(partner + crop), tl.load(weight + crop)
+                there = tl.load(solarize + other) != 0
+                at = _mirrored(other, y, x, flip, size)
+                r, g, b = _load(_of(resized, other, size), at)
+                red = own * red + (1.0 - own) * _solarized(r, there)
+                green = own * green + (1.0 - own) * _solarized(g, there)
+                blue = own * blue + (1.0 - own) * _solarized(b, there)
+            _put(red, green, blue, y, places, colours, CUTMIX)
+
+
+@triton.jit
+def _put(red, green, blue, y, places, colours, CUTMIX: tl.constexpr):
+    """Normalise pixels, and store each where CutMix wants it: in this crop, another, or none."""
+    out, goes_to, box, crop, x, size = places
+    mean_r, mean_g, mean_b, per_r, per_g, per_b = colours
+    red, green, blue = (red - mean_r) * per_r, (green - mean_g) * per_g, (blue - mean_b) * per_b
+    here, at = (y < size)[:, None] & (x < size)[None, :], _place(y, x, size)
     if CUTMIX:
-        _put(out, red, green, blue, crop, y, x, size, here & ~_in_box(box, crop, y, x))
         there = tl.load(goes_to + crop)
-        _put(out, red, green, blue, there, y, x, size, here & _in_box(box, there, y, x))
+        own = here & ~_in_box(box, crop, y, x)
+        _store(_of(out, crop, size), red, green, blue, at, own)
+        pasted = here & _in_box(box, there, y, x)
+        _store(_of(out, there, size), red, green, blue, at, pasted)
     else:
-        _put(out, red, green, blue, crop, y, x, size, here)
+        _store(_of(out, crop, size), red, green, blue, at, here)
 
 
 @triton.jit
@@ -293,13 +345,3 @@ def _in_box(box, crop, y, x):
     top, left = tl.load(box + crop * 4), tl.load(box + crop * 4 + 1)
     bottom, right = tl.load(box + crop * 4 + 2), tl.load(box + crop * 4 + 3)
     return ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None, :]
-
-
-@triton.jit
-def _put(out, red, green, blue, crop, y, x, size, here):
-    """Store pixels in a crop, channels last."""
-    at = ((crop * size + y[:, None]) * size + x[None, :]) * 3
-    kind = out.dtype.element_ty
-    tl.store(out + at, red.to(kind), here)
-    tl.store(out + at + 1, green.to(kind), here)
-    tl.store(out + at + 2, blue.to(kind), here)

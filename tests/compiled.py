@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastidmm.batch import Interpolation
+from fastidmm.batch import Interpolation, ViewGroup
 from fastidmm.kernels import (
     add_norm,
     add_norm_program,
@@ -115,24 +115,40 @@ def view_builds(architecture: int) -> dict[str, Build]:
         "origin": "*fp64", "scale": "*fp64", "out": "*fp16", "size": "i32:16",
     }  # fmt: skip
     chain = {
-        "resized": "*fp16", "mean": "*fp32", "jitter": "*i1", "order": "*i64",
+        "resized": "*fp16", "part": "*fp32", "jitter": "*i1", "order": "*i64",
         "factors": "*fp32", "size": "i32:16",
     }  # fmt: skip
-    rest = {"gray": "*i1", "blur": "*i1", "sigma": "*fp32", "solarize": "*i1", "flip": "*i1"}
-    colours = {f"{kind}_{c}": "fp32" for kind in ("mean", "std") for c in "rgb"}
-    places = {"out": "*bf16", "box": "*i64", "goes_to": "*i64"}
-    found = {"means": Build(views_programs.means, chain, {"BLOCK": views.PIXELS}, {})}
+    found = {
+        "means": Build(views_programs.means, chain, views.tint_constants(), {}),
+        "tint": Build(views_programs.tint, chain | {"gray": "*i1"}, views.tint_constants(), {}),
+    }
+    kinds: tuple[Interpolation, ...] = ("bilinear", "bicubic")
     for size in (112, 224, 448):
-        kinds: tuple[Interpolation, ...] = ("bilinear", "bicubic")
         for kind in kinds:
             title = f"resize to {size}, {kind}"
             constants = views.resize_constants(size, kind)
             found[title] = Build(views_programs.resize, source, constants, views.RESIZE_OPTIONS)
-        arguments = {**chain, **rest, **places, **colours}
-        constants = {**views.finish_constants(size, 8), "BLUR": True, "CUTMIX": True}
-        finish = Build(views_programs.finish, arguments, constants, {"num_warps": 8})
-        found[f"finish {size}"] = finish
+        found[f"finish {size}, blurred"] = finish_build(size, True, "cutmix")
+        found[f"finish {size}, mixed"] = finish_build(size, False, "mixup")
     return found
+
+
+def finish_build(size: int, blur: bool, mix: str) -> Build:
+    """The program that finishes crops of a size."""
+    group = ViewGroup(count=1, size=size, scale=(0.1, 1.0), blur=float(blur), sigma=(0.1, 2.0))
+    kinds = {
+        "*fp16": "resized", "*bf16": "out", "*i1": "blur solarize flip", "*fp32": "sigma weight",
+        "*i64": "partner goes_to box", "fp32": "mean_r mean_g mean_b per_r per_g per_b",
+    }  # fmt: skip
+    arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
+    constants = {
+        **views.finish_constants(size, group),
+        "CUTMIX": mix == "cutmix",
+        "MIXUP": mix == "mixup",
+    }
+    arguments["size"] = "i32:16"
+    options = {"num_warps": constants.pop("num_warps")}
+    return Build(views_programs.finish, arguments, constants, options)
 
 
 def norm_builds(architecture: int) -> dict[str, Build]:

@@ -1,4 +1,4 @@
-"""The three kernels of `views` in Triton's interpreter, against the plain renderer."""
+"""The kernels of `views` in Triton's interpreter, against the plain renderer."""
 
 from dataclasses import replace
 
@@ -147,6 +147,30 @@ def test_normalised_views_in_half_precision() -> None:
     compare(ours * 0.226, theirs * 0.226, mean=0.1, most=1)
 
 
+def test_blended_crops_are_the_renderers() -> None:
+    """Each with its own flip and solarize, in its own share."""
+    store, plan, group = opposite()
+    group = replace(group, blur=0.0, mix="mixup")
+    halves = torch.tensor([0.3, 0.8])
+    plan = replace(plan, mix="mixup", weight=halves, blur=torch.zeros_like(plan.blur))
+    assert kernel.fusible(plan, group)
+    ours = kernel.fused(store, plan, group, torch.float32)
+    compare(ours, augment.render(store, plan, group), mean=0.1, most=0.6)
+    plan = replace(plan, solarize=torch.tensor([True, False]))
+    ours = kernel.fused(store, plan, group, torch.float32)
+    apart = (ours - augment.render(store, plan, group)).abs() > 1 / 255
+    assert float(apart.float().mean()) < 0.01
+
+
+def test_gray_without_jitter_is_the_renderers() -> None:
+    store, plan, group = opposite()
+    plan = replace(plan, jitter=torch.zeros_like(plan.jitter))
+    ours = kernel.fused(store, plan, replace(group, jitter=0.0), torch.float32)
+    theirs = augment.render(store, plan, replace(group, jitter=0.0))
+    compare(ours, theirs, mean=0.1, most=0.6)
+    assert bool((ours != kernel.fused(store, plan, PLAIN, torch.float32)).any())
+
+
 def test_what_is_partly_fused_is_the_renderers_too() -> None:
     """RandAugment's tables may move a pixel by a level; a mixed crop shows two."""
     store = photographs()
@@ -183,6 +207,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_renderer() -> None:
         (ALL, True),
         (replace(ALL, mix="none"), True),
         (replace(ALL, mix="mixup"), False),
+        (replace(ALL, mix="mixup", blur=0.0), True),
         (replace(ALL, randaugment=2), False),
         (replace(ALL, sigma=(0.1, 2.1)), False),
         (replace(ALL, sigma=(0.1, 2.1), blur=0.0), True),
