@@ -221,6 +221,12 @@ CUTOUT_SIDE = (0, 2, 4, 7, 9, 11, 13, 16, 18, 20)
 SOLARIZE_FROM = tuple(-(-256 * (LEVELS - level) // LEVELS) for level in range(LEVELS + 1))
 
 
+def meanings(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For a kernel: what levels mean to posterize, solarize and cutout (10,), and to moves."""
+    posterize, solarize = _on(POSTERIZE_BITS, device), _on(SOLARIZE_FROM, device)
+    return posterize, solarize, _on(CUTOUT_SIDE, device), _steps(size, device)
+
+
 def _grid(level: Tensor, values: tuple[int, ...]) -> Tensor:
     """What each level means: (C,) int64."""
     return _on(values, level.device)[level]

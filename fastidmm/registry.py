@@ -49,6 +49,7 @@ KERNELS = {
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",
     "linear_heads": "fastidmm.kernels.linear_heads:linear_heads",
+    "randaugment": "fastidmm.kernels.randaugment:randaugment",
     "views": "fastidmm.kernels.views:views",
     "words": "fastidmm.kernels.words:words",
 }

@@ -3,7 +3,8 @@
 `fastidmm.augment.render` is the definition; on a CPU `views_cpu` does the work. What differs here:
 sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
 resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
-1/255 where it is bicubic. What the kernels do not know is done to resized crops by the plain
+1/255 where it is bicubic. RandAugment is `randaugment`'s, between `tint` and `finish`. What the
+kernels do not know, a blur beside RandAugment or Mixup, is done to resized crops by the plain
 renderer's own functions.
 
     resize   a program per crop and block of it: source rows by sums, columns by matrix products
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fastidmm import augment, colour
 from fastidmm.batch import Interpolation, ViewGroup
-from fastidmm.kernels import views_cpu
+from fastidmm.kernels import randaugment, views_cpu
 from fastidmm.plan import Crops, GroupPlan
 from fastidmm.store import Store
 
@@ -94,9 +95,10 @@ def finish_reference(
 
 def fusible(plan: GroupPlan, group: ViewGroup) -> bool:
     """Whether the kernels know all that a plan asks for."""
-    if plan.operation.shape[1]:
-        return False
-    return not group.blur or (plan.mix != "mixup" and _radius(group) <= MOST_RADIUS)
+    operated, blended = plan.operation.shape[1] > 0, plan.mix == "mixup"
+    if group.blur:
+        return not operated and not blended and _radius(group) <= MOST_RADIUS
+    return not operated or not group.solarize
 
 
 def _radius(group: ViewGroup) -> int:
@@ -124,6 +126,9 @@ def finish_fused(resized: Tensor, plan: GroupPlan, group: ViewGroup, dtype: torc
     if num:
         if group.jitter or group.gray:
             _tint(resized, plan)
+        if plan.operation.shape[1]:
+            drawn = (plan.operation, plan.level, plan.negative, plan.spot)
+            resized = randaugment.fused(resized, *drawn)
         constants = finish_constants(size, group)
         goes_to = torch.empty_like(plan.partner)
         goes_to[plan.partner] = torch.arange(num, device=resized.device)

@@ -23,16 +23,26 @@ def _weight(distance, CUBIC: tl.constexpr):
 
 
 @triton.jit
-def _taps(place, origin, low, high, scale, CUBIC: tl.constexpr):
-    """Centre, first and last source pixel of each output pixel, relative to the window."""
+def _taps(place, size, axis: tl.constexpr, window, origin, scale, CUBIC: tl.constexpr):
+    """Where a crop begins; centre, first and last source pixel of outputs from there; stretch."""
+    low, high = tl.load(window + axis), tl.load(window + 2 + axis)
+    origin, scale = tl.load(origin + axis), tl.load(scale + axis)
     support = 2.0 if CUBIC else 1.0
     stretch = tl.maximum(scale, 1.0)
     # In float64 until it is relative: exact enough for every image size.
+    place = tl.minimum(place, size - 1)
     centre = origin - low.to(tl.float64) + (place.to(tl.float64) + 0.5) * scale
-    first = tl.maximum(tl.floor(centre - support * stretch + 0.5), 0.0)
+    first = tl.maximum(tl.floor(centre - support * stretch + 0.5), 0.0).to(tl.int32)
     extent = (high - low).to(tl.float64)
-    last = tl.minimum(tl.floor(centre + support * stretch + 0.5), extent)
-    return centre.to(tl.float32), first.to(tl.int32), last.to(tl.int32), stretch.to(tl.float32)
+    last = tl.minimum(tl.floor(centre + support * stretch + 0.5), extent).to(tl.int32)
+    return low, centre.to(tl.float32), first, last, stretch.to(tl.float32)
+
+
+@triton.jit
+def _across(sx, end, centre, per_column, CUBIC: tl.constexpr):
+    """How much source columns give to each output column: (sources, outputs), no sum's share."""
+    place = tl.where(sx < end, (sx.to(tl.float32) + 0.5) * per_column, FAR)
+    return tl.trans(_weight(place[None, :] - centre[:, None], CUBIC).to(tl.float16))
 
 
 @triton.jit
@@ -50,18 +60,11 @@ def resize(
     crop = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + crop)
     image, across = tl.load(offset + row), tl.load(width + row)
-    top, left = tl.load(window + crop * 4), tl.load(window + crop * 4 + 1)
-    bottom, right = tl.load(window + crop * 4 + 2), tl.load(window + crop * 4 + 3)
     y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     x = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    cy, first_y, last_y, tall = _taps(
-        tl.minimum(y, size - 1), tl.load(origin + crop * 2), top, bottom,
-        tl.load(scale + crop * 2), CUBIC,
-    )  # fmt: skip
-    cx, first_x, last_x, wide = _taps(
-        tl.minimum(x, size - 1), tl.load(origin + crop * 2 + 1), left, right,
-        tl.load(scale + crop * 2 + 1), CUBIC,
-    )  # fmt: skip
+    window, origin, scale = window + crop * 4, origin + crop * 2, scale + crop * 2
+    top, cy, first_y, last_y, tall = _taps(y, size, 0, window, origin, scale, CUBIC)
+    left, cx, first_x, last_x, wide = _taps(x, size, 1, window, origin, scale, CUBIC)
     begin, end = tl.min(first_x, 0), tl.max(last_x, 0)
     per_row, per_column = 1.0 / tall, 1.0 / wide
     nearest = (first_y.to(tl.float32) + 0.5 - cy) * per_row
@@ -92,10 +95,7 @@ def resize(
             down_r += wy * tl.load(at).to(tl.float32)
             down_g += wy * tl.load(at + 1).to(tl.float32)
             down_b += wy * tl.load(at + 2).to(tl.float32)
-        sx = w + tl.arange(0, WIDE)
-        place = tl.where(sx < end, (sx.to(tl.float32) + 0.5) * per_column, FAR)
-        wx = _weight(place[None, :] - (cx * per_column)[:, None], CUBIC).to(tl.float16)
-        wx = tl.trans(wx)
+        wx = _across(w + tl.arange(0, WIDE), end, cx * per_column, per_column, CUBIC)
         red = tl.dot(_flat(down_r, share, ROWS, WIDE), wx, red)
         green = tl.dot(_flat(down_g, share, ROWS, WIDE), wx, green)
         blue = tl.dot(_flat(down_b, share, ROWS, WIDE), wx, blue)

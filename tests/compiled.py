@@ -30,6 +30,8 @@ from fastidmm.kernels import (
     dwconv_gelu_program,
     linear_gelu,
     linear_program,
+    randaugment,
+    randaugment_program,
     views,
     views_programs,
     words,
@@ -251,6 +253,23 @@ def draw_builds(architecture: int) -> dict[str, Build]:
     }
 
 
+def randaugment_builds(architecture: int) -> dict[str, Build]:
+    """The operations of fine-tuning, of crops in fp16."""
+    kinds = {
+        "*fp16": "x out", "*i32": "table", "*fp32": "gray", "*i1": "negative",
+        "*i64": "operation level spot posterize solarize cutout steps", "i32": "turn turns",
+        "i32:16": "size",
+    }  # fmt: skip
+    arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
+    found = {}
+    blocks = {"measure": randaugment.MEASURED, "operate": randaugment.OPERATED}
+    for name, block in blocks.items():
+        kernel = getattr(randaugment_program, name)
+        own = {key: arguments[key] for key in kernel.arg_names if key in arguments}
+        found[name] = Build(kernel, own, {"BLOCK": block}, randaugment.OPTIONS)
+    return found
+
+
 def launch_builds(architecture: int) -> dict[str, Build]:
     """What a program launched on the pretended GPU, from the file that LAUNCHES names."""
     found: dict[str, Build] = {}
@@ -308,7 +327,7 @@ def built(build: Build, architecture: int) -> dict[str, int]:
 KINDS = {
     "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
     "norms": norm_builds, "linear": linear_builds, "dwconv": dwconv_builds,
-    "launches": launch_builds,
+    "randaugment": randaugment_builds, "launches": launch_builds,
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ LOGITS = "kernels/instance_loss_logits.py", "instance_loss_fused"
 TILES = "kernels/instance_loss_tiles.py", "instance_loss_stream"
 STREAM = "kernels/instance_loss_stream.py", "instance_loss_stream"
 VIEWS, VIEWS_CALL = ("kernels/views_programs.py", "views"), ("kernels/views.py", "views")
+AUGMENT = "kernels/randaugment_program.py", "randaugment_fused"
+AUGMENT_CALL = "kernels/randaugment.py", "randaugment_fused"
 DRAWS, DRAWS_CALL = ("kernels/draws_program.py", "draws"), ("kernels/draws.py", "draws")
 NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_norm.py", "add_norm")
 LINEAR, GELU = ("kernels/linear_program.py", "linear"), ("kernels/linear_gelu.py", "linear")
@@ -116,6 +118,23 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "F: unshifted own logit": (TILES, [("tl_loss(s, own - top,", "tl_loss(s, own,")]),
     "F: first chunk only": (TILES, [("x = tl.dot(a[c], tl.trans(b[c]), x, ", "x = tl.dot(a[0], tl.trans(b[0]), x, ")]),
     "F: the last split is not launched": (STREAM, [("tiles.rows), splits)]", "tiles.rows), max(splits - 1, 1))]")]),
+    "R: levels cut off": (AUGMENT, [("tl.floor(x * 255.0 + 0.5)", "tl.floor(x * 255.0)")]),
+    "R: the last block counted whole": (AUGMENT, [("        counts -= tl.where(bins == final, tl.cdiv(size * size, BLOCK) * BLOCK - size * size, 0)\n", "")]),
+    "R: one block's levels": (AUGMENT, [("counts += tl.histogram", "counts = tl.histogram")]),
+    "R: equalized without its half": (AUGMENT, [("(step // 2 + below)", "below")]),
+    "R: levels up to their own": (AUGMENT, [("tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)")]),
+    "R: stretched by one channel": (AUGMENT, [("pixels + place * 3 + channel).to", "pixels + place * 3).to")]),
+    "R: contrast about black": (AUGMENT, [("            base += tl.load(gray + crop)\n", "            base += 0.0\n")]),
+    "R: gray of padded blocks": (AUGMENT, [("tl.where(place <= last, _luma(red, green, blue), 0.0)", "_luma(red, green, blue)")]),
+    "R: no sign": (AUGMENT, [("tl.where(minus, -0.1, 0.1)", "0.1")]),
+    "R: outermost pixels smoothed": (AUGMENT, [("tl.where(inside, total / 13.0, x)", "total / 13.0")]),
+    "R: shear's edge clamped": (AUGMENT, [("tl.where(inside, _unit(red), FILL)", "_unit(red)")]),
+    "R: shears alike": (AUGMENT, [("line, along = tl.where(upright, across, down), tl.where(upright, down, across)", "line, along = down + 0 * upright, across")]),
+    "R: steps of x for y": (AUGMENT, [("tl.load(own + 3) * across + tl.load(own + 4) * down", "tl.load(own + 4) * across + tl.load(own + 3) * down")]),
+    "R: square's centre turned": (AUGMENT, [("tl.load(spot + drawn * 2), tl.load(spot + drawn * 2 + 1)", "tl.load(spot + drawn * 2 + 1), tl.load(spot + drawn * 2)")]),
+    "R: the first turn twice": (AUGMENT, [("drawn = crop * turns + turn", "drawn = crop * turns")]),
+    "R: turns from the same pixels": (AUGMENT_CALL, [("        x, other = other, x\n", "        made = other\n"), ("    return x\n", "    return made\n")]),
+    "R: strides not looked at": (AUGMENT_CALL, [("part.contiguous() for part", "part for part")]),
     "V: centres half a pixel off": (VIEWS, [("(place.to(tl.float64) + 0.5) * scale", "place.to(tl.float64) * scale")]),
     "V: no antialiasing": (VIEWS, [("stretch = tl.maximum(scale, 1.0)", "stretch = scale * 0.0 + 1.0")]),
     "V: cubic cut short": (VIEWS, [("support = 2.0 if CUBIC else 1.0", "support = 1.0")]),
@@ -143,6 +162,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "V: shares swapped": (VIEWS, [("own * red + (1.0 - own)", "(1.0 - own) * red + own")]),
     "V: own flip for the partner's": (VIEWS, [("_mirrored(other, y, x, flip, size)", "_mirrored(crop, y, x, flip, size)")]),
     "V: own solarize for the partner's": (VIEWS, [("there = tl.load(solarize + other) != 0", "there = told")]),
+    "V: RandAugment left out": (VIEWS_CALL, [("if plan.operation.shape[1]:", "if False:")]),
     "V: no gray without jitter": (VIEWS_CALL, [("if group.jitter or group.gray:", "if group.jitter:")]),
     "V: partners not inverted": (VIEWS_CALL, [("goes_to[plan.partner] = torch.arange(num, device=resized.device)", "goes_to = plan.partner")]),
     "V: radius of one sigma": (VIEWS_CALL, [("_radius(group) if group.blur", "_radius(group) // 4 if group.blur")]),

@@ -55,6 +55,13 @@ def test_draws_fuse_no_doubles() -> None:
         assert use["stack"] == 0 and use["fused_doubles"] == 0, f"{title} for sm_{architecture}"
 
 
+def test_operations_of_randaugment() -> None:
+    """Nothing spilled, room for four programs, and float64 as the definition rounds it."""
+    for architecture, title, use in compiled("randaugment", "80", "90", "100"):
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0 and use["fused_doubles"] == 0 and use["registers"] <= 128, where
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED)
 def test_tile_kernels(architecture: str) -> None:

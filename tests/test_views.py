@@ -184,6 +184,27 @@ def test_what_is_partly_fused_is_the_renderers_too() -> None:
         compare(ours, augment.render(store, plan, group), mean=0.1, most=0.6)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_fine_tunings_views_are_the_renderers(step: int) -> None:
+    """Mixup in one epoch, CutMix in the other; tables may move a pixel by a level."""
+    store = photographs()
+    group = replace(ALL, size=33, blur=0.0, solarize=0.0, mix="alternate", randaugment=2)
+    plan = plan_of(store, group, step)
+    tables = torch.isin(plan.operation, torch.tensor([OPERATIONS.index(n) for n in TABLES]))
+    assert bool(tables.any()) and kernel.fusible(plan, group)
+    ours, theirs = (
+        kernel.fused(store, plan, group, torch.float32),
+        augment.render(store, plan, group),
+    )
+    compare(ours, theirs, mean=0.3, most=255)
+    plan = replace(plan, operation=torch.where(tables, NONE, plan.operation))
+    ours, theirs = (
+        kernel.fused(store, plan, group, torch.float32),
+        augment.render(store, plan, group),
+    )
+    compare(ours, theirs, mean=0.1, most=0.6)
+
+
 def test_a_cpu_has_renderers_of_its_own() -> None:
     """Which `test_views_cpu.py` holds against the definition."""
     store, plan, group = opposite()
@@ -209,6 +230,8 @@ def test_what_the_kernels_do_not_know_is_left_to_the_renderer() -> None:
         (replace(ALL, mix="mixup"), False),
         (replace(ALL, mix="mixup", blur=0.0), True),
         (replace(ALL, randaugment=2), False),
+        (replace(ALL, randaugment=2, blur=0.0), False),
+        (replace(ALL, randaugment=2, blur=0.0, solarize=0.0), True),
         (replace(ALL, sigma=(0.1, 2.1)), False),
         (replace(ALL, sigma=(0.1, 2.1), blur=0.0), True),
     ):

@@ -11,6 +11,7 @@ from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
 from fastidmm.evaluate import outputs
 from fastidmm.kernels.draws import fused, reference
+from fastidmm.kernels.randaugment import fused as fused_operations
 from fastidmm.kernels.views import plain_views, views
 from fastidmm.loaders.memory import place
 from fastidmm.plan import GroupPlan, central_crops, draw
@@ -109,7 +110,9 @@ def test_the_kernels_give_the_renderers_views(group: ViewGroup, size: int) -> No
         half = views(there, drawn, group, torch.bfloat16)
         assert half.is_contiguous(memory_format=torch.channels_last)
         # A value on either side of solarize's threshold is 1/255 off: 0.0175 of a normalised view.
-        assert float((half.float() - ours).abs().max()) < 0.03
+        # RandAugment rounds to levels, and may spread two of them.
+        apart = ((half.float() - ours).abs() > 0.03).float().mean()
+        assert float(apart) <= (0.05 if group.randaugment else 0)
 
 
 def test_plain_views_are_the_renderers() -> None:
@@ -128,8 +131,11 @@ def test_randaugment_is_the_cpus_on_pictures_of_8_bits() -> None:
     spot = torch.randint(0, 37, (len(kinds), 1, 2), generator=chance)
     drawn = kinds[:, :1], kinds[:, 1:2], kinds[:, 2:].bool(), spot
     mine = randaugment(x.clone(), *drawn)
-    theirs = randaugment(x.cuda(), *(each.cuda() for each in drawn)).cpu()
+    there = tuple(each.cuda() for each in drawn)
+    theirs = randaugment(x.cuda(), *there).cpu()
     assert float((mine - theirs).abs().max()) < 1e-6
+    kernels = fused_operations(x.permute(0, 2, 3, 1).contiguous().cuda(), *there).cpu()
+    assert float((mine.permute(0, 2, 3, 1) - kernels).abs().max()) < 1e-5
 
 
 def test_drawing_and_rendering_never_wait() -> None:
