@@ -157,10 +157,9 @@ def tint_constants() -> dict[str, int]:
     return {"SPLITS": SPLITS, "BLOCK": PIXELS}
 
 
-def resize_constants(size: int, interpolation: Interpolation) -> dict[str, Any]:
-    """Of the program that resizes to `size` px."""
-    most = RESIZED[interpolation]
-    rows, columns = (min(each, max(16, triton.next_power_of_2(size))) for each in most)
+def resize_constants(interpolation: Interpolation) -> dict[str, Any]:
+    """Of the program that resizes."""
+    rows, columns = RESIZED[interpolation]
     shape = {"ROWS": rows, "COLUMNS": columns, "PARTS": PARTS, "LANES": LANES}
     return {**shape, "CUBIC": interpolation == "bicubic"}
 
@@ -188,7 +187,7 @@ def resize(store: Store, crops: Crops, dtype: torch.dtype) -> Tensor:
     num, size = crops.rows.numel(), crops.size
     found = torch.empty(num, size, size, 3, dtype=dtype, device=store.device)
     if num:
-        constants = resize_constants(size, crops.interpolation)
+        constants = resize_constants(crops.interpolation)
         high, wide = (triton.cdiv(size, constants[side]) for side in ("ROWS", "COLUMNS"))
         programs.resize[(num, high, wide)](
             store.pixels, store.offset, store.width.contiguous(), crops.rows, crops.window,

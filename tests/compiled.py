@@ -125,11 +125,10 @@ def view_builds(architecture: int) -> dict[str, Build]:
         "tint": Build(views_programs.tint, chain | {"gray": "*i1"}, views.tint_constants(), {}),
     }
     kinds: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+    for kind in kinds:
+        constants, options = views.resize_constants(kind), views.RESIZE_OPTIONS
+        found[f"resize, {kind}"] = Build(views_programs.resize, source, constants, options)
     for size in (112, 224, 448):
-        for kind in kinds:
-            title = f"resize to {size}, {kind}"
-            constants = views.resize_constants(size, kind)
-            found[title] = Build(views_programs.resize, source, constants, views.RESIZE_OPTIONS)
         found[f"finish {size}, blurred"] = finish_build(size, True, "cutmix")
         found[f"finish {size}, mixed"] = finish_build(size, False, "mixup")
     return found

@@ -39,7 +39,7 @@ def test_row_kernels() -> None:
 
 def test_view_programs() -> None:
     builds = compiled("views", *SHARED)
-    assert len(builds) == 5 * (2 + 3 * 4)
+    assert len(builds) == 5 * (2 + 2 + 3 * 2)
     for architecture, title, use in builds:
         where = f"{title} for sm_{architecture}: {use}"
         assert use["stack"] == 0, where
