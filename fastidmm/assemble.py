@@ -228,7 +228,9 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
 def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     """Load what a recipe's `run.init` names into a method; what was loaded, in words."""
     if recipe.run.init == PUBLISHED:
-        return _load_published(method, recipe.run.backbone)
+        loaded = _load_published(method, recipe.run.backbone)
+        method.begin()
+        return loaded
     source = start_of(folder, recipe.run.init)
     if source is None:
         return "random weights"

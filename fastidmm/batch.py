@@ -198,7 +198,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Told when the student has taken weights of another run: teachers take them over."""
+        """Told when the student has taken trained weights: teachers take them over."""
 
     def after_step(self, keep: dict[str, Tensor], step: Tensor, skipped: Tensor) -> None:
         """Move what follows the student, teachers and queues, on the device.

@@ -1,5 +1,6 @@
 """Runs of methods with a teacher: the same bits after a kill, other starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from synthetic import SMALL
 from torch import Tensor
 from toy_runs import Killed, kill_before_update
 
-from fastidmm import checkpoint, stages
+from fastidmm import assemble, checkpoint, stages
 from fastidmm.assemble import build_method, initialise, training_rows
+from fastidmm.backbones.build import BackboneOptions, backbone, build_encoder
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
+from fastidmm.methods.teacher import Taught
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, encoder_weights
+from fastidmm.registry import METHODS, find
 
 every_teacher = pytest.mark.parametrize("name", ["dino", "mocov2", "mocov3"])
 RUN = Path("runs/run")
@@ -73,6 +77,25 @@ def test_a_teacher_takes_over_what_a_run_starts_from(toy: str, name: str) -> Non
     assert not torch.equal(loaded["model.cls_token"], before)
     for key, tensor in loaded.items():
         assert torch.equal(method.state_dict()[f"teacher.backbone.{key}"], tensor), key
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if issubclass(find("method", n), Taught)])
+def test_a_teacher_takes_over_published_weights(
+    toy: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MoCo and DINO begin: student and teacher are one model."""
+    encoder = build_encoder("vit_micro", BackboneOptions(), resolution=16, counters=Counters(9))
+    weights = {key: tensor + 1 for key, tensor in encoder.model.state_dict().items()}
+    timms = replace(backbone("vit_micro"), weights="made_up")
+    monkeypatch.setattr(assemble, "backbone", lambda _: timms)
+    monkeypatch.setattr(assemble, "cached_weights", lambda _: weights)
+    settings = recipe(name, init="timm")
+    method: Any = build_method(settings, training_rows(settings), Counters(0))
+    assert initialise(method, RUN, settings).endswith("head new: timm's")
+    for module in (method.backbone, method.teacher["backbone"]):
+        found = module.model.state_dict()
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def test_the_frozen_stay_as_they_began(toy: str) -> None:
