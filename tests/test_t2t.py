@@ -80,22 +80,25 @@ def test_an_image_becomes_the_published_tokens(resolution: int, tokens: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("side", "size", "stride", "grid"),
-    [(112, 7, 4, 28), (28, 3, 2, 14), (14, 3, 2, 7), (8, 7, 4, 2)],
+    ("side", "size", "stride", "padding", "grid"),
+    [(112, 7, 4, 2, 28), (28, 3, 2, 1, 14), (14, 3, 2, 1, 7), (8, 7, 4, 2, 2)],
 )
-def test_a_soft_split_is_unfold(side: int, size: int, stride: int, grid: int) -> None:
+def test_a_soft_split_is_unfold(side: int, size: int, stride: int, padding: int, grid: int) -> None:
     maps = noise(2, 5, side, side)
-    tokens = soft_split(maps, size, stride)
+    tokens = soft_split(maps, size, stride, padding)
     assert tokens.shape == (2, grid**2, 5 * size**2)
-    unfolded = functional.unfold(maps, size, stride=stride, padding=size // 2)
+    unfolded = functional.unfold(maps, size, stride=stride, padding=padding)
     assert torch.equal(tokens, unfolded.transpose(1, 2))
 
 
 def test_tokens_are_the_published_sequence() -> None:
-    """Split, attend, split, attend, split, project; by unfold and a product, in float64."""
+    """Split, attend, split, attend, split, project; by unfold and a product, in float64.
+
+    The first split pads 2 px of an image, not the 3 that would centre its patches.
+    """
     torch.manual_seed(0)
     module = TokensToToken(3, 24).eval()
-    tokens = functional.unfold(noise(2, 3, 32, 32), 7, stride=4, padding=3).mT
+    tokens = functional.unfold(noise(2, 3, 32, 32), 7, stride=4, padding=2).mT
     for block, side in ((module.attention1, 8), (module.attention2, 4)):
         maps = block(tokens).mT.reshape(2, 64, side, side)
         tokens = functional.unfold(maps, 3, stride=2, padding=1).mT

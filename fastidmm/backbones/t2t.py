@@ -23,12 +23,12 @@ NUM_FEATURES = 32  # random ones, of an attention
 DROPOUT = 0.1  # of a token block, whatever the rest has
 
 
-def soft_split(maps: Tensor, size: int, stride: int) -> Tensor:
+def soft_split(maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
     """Overlapping patches as tokens: (C, D, S, S) to (C, (S / stride)**2, D * size**2).
 
     As `functional.unfold` has them, whose CUDA form launches a kernel for every image.
     """
-    maps = functional.pad(maps, [size // 2] * 4)
+    maps = functional.pad(maps, [padding] * 4)
     patches = maps.unfold(2, size, stride).unfold(3, size, stride)  # (C, D, rows, columns, y, x)
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
@@ -93,8 +93,8 @@ class TokensToToken(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The last split and its projection are a convolution: no patch is written out."""
         side = images.shape[-1] // 4
-        maps = as_map(self.attention1(soft_split(images, 7, 4)), side)
-        maps = as_map(self.attention2(soft_split(maps, 3, 2)), side // 2)
+        maps = as_map(self.attention1(soft_split(images, 7, 4, 2)), side)
+        maps = as_map(self.attention2(soft_split(maps, 3, 2, 1)), side // 2)
         weight = self.project.weight.unflatten(1, (WIDTH, 3, 3))
         maps = functional.conv2d(maps, weight, self.project.bias, stride=2, padding=1)
         return maps.flatten(2).transpose(1, 2)
