@@ -52,13 +52,20 @@ def test_small_classes_keep_a_training_image(tmp_path: Path) -> None:
     assert source.notes == ("one image only, so none for testing: one",)
 
 
-@pytest.mark.parametrize("name", ["test", "val", "valid"])
-def test_a_given_split_is_taken(tmp_path: Path, name: str) -> None:
-    root = touch(tmp_path, "train/a/1.jpg", "train/b/deep/2.PNG", f"{name}/b/3.webp")
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ("train", "test"), ("train", "val"), ("train", "valid"), ("train", "validation"),
+        ("training", "testing"), ("Train", "Test"), ("TRAINING", "Val"),
+    ],
+)  # fmt: skip
+def test_a_given_split_is_taken(tmp_path: Path, train: str, name: str) -> None:
+    root = touch(tmp_path, f"{train}/a/1.jpg", f"{train}/b/deep/2.PNG", f"{name}/b/3.webp")
     source = Folder().open(from_=root, seed=0)
-    assert source.train == (Item("train/a/1.jpg", 0), Item("train/b/deep/2.PNG", 1))
+    assert source.train == (Item(f"{train}/a/1.jpg", 0), Item(f"{train}/b/deep/2.PNG", 1))
     assert source.test == (Item(f"{name}/b/3.webp", 1),)
-    assert source.split_seed is None
+    assert source.split_seed is None and source.class_names == ("a", "b")
+    assert source.description == f"photographs in {train}/ and {name}/"
 
 
 def test_test_goes_before_val_and_the_rest_is_listed(tmp_path: Path) -> None:
@@ -71,8 +78,16 @@ def test_test_goes_before_val_and_the_rest_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    root = touch(tmp_path, "train/1.jpg", "bus/1.jpg")
+    root = touch(tmp_path, "train/1.jpg", "train/red/2.jpg", "bus/1.jpg", "bus/green/2.jpg")
     assert Folder().open(from_=root, seed=0).class_names == ("bus", "train")
+
+
+def test_a_split_by_another_name_is_not_taken_for_classes(tmp_path: Path) -> None:
+    root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "holdout/a/3.jpg", "more/4.jpg")
+    with pytest.raises(UsageError, match=r"train/ and holdout/ with the same .* testing test/, or"):
+        Folder().open(from_=root, seed=0)
+    (root / "holdout").rename(root / "test")
+    assert len(Folder().open(from_=root, seed=0).test) == 1
 
 
 @pytest.mark.parametrize("below", ["", "train/"])

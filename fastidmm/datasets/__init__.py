@@ -52,7 +52,7 @@ class About:
     fetched: bool = True  # False where `--from` is needed
 
 
-TEST_NAMES = ("test", "val", "valid")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first found is used
 HELD_OUT_ONE_IN = 5
 
 Split = tuple[tuple[Item, ...], tuple[Item, ...]]

@@ -1,14 +1,16 @@
 """Your own photographs, in folders named after their classes or in none.
 
-train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; val/ or valid/ serve as test/
+train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; see below
 CLASS/*.jpg                              one image in five of every class held out for testing
 *.jpg                                    no labels: all of them for pretraining
 photos.csv                               a table of paths and labels, see `table.py`
 
+training/ serves as train/; testing/, val/, valid/ and validation/ as test/; capitals do not matter.
 Links to files within the folder are followed, other links are named and left out.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,6 +19,8 @@ from fastidmm.datasets import TEST_NAMES, Item, Source, Unusable, held_out, leav
 from fastidmm.errors import DataError, UsageError
 from fastidmm.preparing.decode import SUFFIXES
 from fastidmm.preparing.table import read
+
+TRAIN_NAMES = ("train", "training")
 
 
 @dataclass(slots=True)
@@ -47,8 +51,11 @@ class Folder:
                 f"{root} holds no images: give a folder of photographs ({', '.join(SUFFIXES)})."
             )
         tops = {path.parts[0] for path in listing.images if len(path.parts) > 1}
-        if "train" in tops and (tops == {"train"} or tops & set(TEST_NAMES)):
-            return _split_given(root, listing, tops)
+        train, test = _called(tops, TRAIN_NAMES), _called(tops, TEST_NAMES)
+        if train and (test or tops == {train}):
+            return _split_given(root, listing, train, test)
+        if train:
+            _check_no_split(root, listing, train)
         # One stray folder beside the photographs does not make classes.
         if len(tops) > 1 or all(len(path.parts) > 1 for path in listing.images):
             return _split_made(root, listing, seed)
@@ -111,30 +118,51 @@ def _no_image(path: PurePosixPath) -> str:
     return f"{path.suffix} is not read" if path.suffix else "no suffix such as .jpg"
 
 
-def _split_given(root: Path, listing: _Listing, tops: set[str]) -> Source:
+def _called(tops: set[str], names: tuple[str, ...]) -> str:
+    """The folder with the first of some names, in capitals or not; empty where none has one."""
+    found = (top for name in names for top in sorted(tops, reverse=True) if top.lower() == name)
+    return next(found, "")
+
+
+def _check_no_split(root: Path, listing: _Listing, train: str) -> None:
+    """Refuse what is neither a split nor classes: train/ beside a folder with the same classes."""
+    below: defaultdict[str, set[str]] = defaultdict(set)
+    for path in listing.images:
+        if len(path.parts) > 2:
+            below[path.parts[0]].add(path.parts[1])
+    own = below.pop(train, set())
+    for top, names in below.items():
+        if names & own:
+            raise UsageError(
+                f"{root} has {train}/ and {top}/ with the same folders inside: call the one for "
+                f"testing test/, or rename {train}/ if it is a class."
+            )
+
+
+def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str) -> Source:
     """The split that the folders train/ and test/ make."""
-    test_name = next((name for name in TEST_NAMES if name in tops), "")
     train, test = (
         _by_class([path for path in listing.images if path.parts[0] == split], depth=1)
-        for split in ("train", test_name)
+        for split in (train_name, test_name)
     )
     if not train:
-        return _unlabelled(root, listing, [p for p in listing.images if p.parts[0] == "train"])
+        images = [path for path in listing.images if path.parts[0] == train_name]
+        return _unlabelled(root, listing, images)
     unknown = sorted(set(test.values()) - set(train.values()))
     if unknown:
         raise DataError(
-            f"{root / test_name} has classes that {root / 'train'} has not: {', '.join(unknown)}; "
-            "rename or remove them."
+            f"{root / test_name} has classes that {root / train_name} has not: "
+            f"{', '.join(unknown)}; rename or remove them."
         )
     names = sorted(set(train.values()))
     return Source(
-        description="photographs in train/" + (f" and {test_name}/" if test_name else ""),
+        description=f"photographs in {train_name}/" + (f" and {test_name}/" if test_name else ""),
         root=root,
         class_names=tuple(names),
         train=_items(train, names),
         test=_items(test, names),
         unusable=listing.left_out({*train, *test}, "outside the class folders"),
-        notes=_empty(root / "train", names),
+        notes=_empty(root / train_name, names),
     )
 
 

@@ -2,7 +2,7 @@
 
     path,label,split          split may be left out: one image in five of every class is held out
     cats/1.jpg,cat,train      paths are relative to the file's folder, with '/', and stay inside
-    dogs/7.jpg,dog,test       val and valid serve as test
+    dogs/7.jpg,dog,test       testing, val, valid and validation serve as test
 
 UTF-8, comma separated, quoted where needed. Labels are text; the classes are their sorted names.
 Where every label is empty there are none, and all photographs are for pretraining.
