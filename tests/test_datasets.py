@@ -73,7 +73,10 @@ def test_test_goes_before_val_and_the_rest_is_listed(tmp_path: Path) -> None:
     (root / "train" / "empty").mkdir()
     source = Folder().open(from_=root, seed=0)
     assert [item.file for item in source.test] == ["test/a/2.jpg"]
-    assert [left.file for left in source.unusable] == ["train/4.jpg", "val/a/3.jpg"]
+    assert [(left.file, left.reason) for left in source.unusable] == [
+        ("train/4.jpg", "outside the class folders"),
+        ("val/a/3.jpg", "its folder val is not used beside test"),
+    ]
     assert source.notes == ("no images in: empty",)
 
 

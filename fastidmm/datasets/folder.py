@@ -30,10 +30,22 @@ class _Listing:
     images: list[PurePosixPath] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
 
-    def left_out(self, used: Collection[str], reason: str) -> tuple[Unusable, ...]:
-        """Every file met but the used ones, in order; `reason` is that of the images."""
-        images = {str(path) for path in self.images}
-        unused = [Unusable(file, reason) for file in images.difference(used)]
+    def left_out(
+        self, used: Collection[str], reason: str, test_name: str = ""
+    ) -> tuple[Unusable, ...]:
+        """Every file met but the used ones, in order; `reason` is that of the images.
+
+        Images that would be the test split, were there no folder `test_name`, have their own.
+        """
+        unused = []
+        for path in self.images:
+            top = path.parts[0]
+            if test_name and top != test_name and top.lower() in TEST_NAMES:
+                why = f"its folder {top} is not used beside {test_name}"
+            else:
+                why = reason
+            if str(path) not in used:
+                unused.append(Unusable(str(path), why))
         return tuple(sorted([*self.unusable, *unused], key=lambda left: left.file))
 
 
@@ -161,7 +173,7 @@ def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str)
         class_names=tuple(names),
         train=_items(train, names),
         test=_items(test, names),
-        unusable=listing.left_out({*train, *test}, "outside the class folders"),
+        unusable=listing.left_out({*train, *test}, "outside the class folders", test_name),
         notes=_empty(root / train_name, names),
     )
 
