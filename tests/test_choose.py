@@ -57,6 +57,23 @@ def test_memory_is_half_of_what_is_free(
     assert memory.tier_of(big(num_bytes), CPU) == "device"
 
 
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_selection_takes_the_bytes_it_was_counted_as(
+    monkeypatch: pytest.MonkeyPatch, tier: memory.Tier
+) -> None:
+    """Whatever its share: a tenth held out leaves nine, and no more is there."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, **_: empty(*size, dtype=dtype))
+    monkeypatch.setattr(Store, "tables_to", lambda store, _: store)
+    store = small_store(10)
+    for rows in (range(1, 10), range(0, 10, 4)):
+        few = store.select(torch.tensor(rows))
+        placed = memory.place(few, GPU, tier)
+        assert placed.pixels.numel() == few.num_bytes < store.pixels.numel()
+        for row in range(len(few)):
+            assert torch.equal(placed.image(row), few.image(row))
+
+
 def test_without_kernels_the_hosts_memory_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpu=10, host=10_000)
     monkeypatch.setattr(memory, "HAS_KERNELS", False)

@@ -39,12 +39,27 @@ def place(store: Store, device: torch.device, tier: Tier = "auto") -> Store:
             "memory nor half of the host's: choose --loader dali, ffcv or torch, or prepare with a "
             "smaller --max-side."
         )
-    if 2 * store.num_bytes < store.pixels.numel():  # a selection: the others stay behind
-        store = store.gathered(torch.arange(len(store)))
+    if store.row is not None:
+        return _selected(store, device, chosen)
     if chosen == "device":
         return store.to(device)
     pinned = torch.empty(store.pixels.shape, dtype=torch.uint8, pin_memory=True)
     return replace(store.tables_to(device), pixels=pinned.copy_(store.pixels))
+
+
+def _selected(store: Store, device: torch.device, tier: Tier) -> Store:
+    """A selection, whose other images stay behind: its pixels take as many bytes as it counts.
+
+    Image by image, so that the host never holds them twice.
+    """
+    sizes = store.height.long() * store.width * 3
+    offset = sizes.cumsum(0) - sizes
+    where = {"device": device} if tier == "device" else {"pin_memory": True}
+    pixels = torch.empty(store.num_bytes, dtype=torch.uint8, **where)
+    for row, start in enumerate(offset.tolist()):
+        image = store.image(row).flatten()
+        pixels[start : start + len(image)].copy_(image)
+    return replace(replace(store, offset=offset).tables_to(device), pixels=pixels)
 
 
 def within_reach(store: Store, device: torch.device) -> Store:

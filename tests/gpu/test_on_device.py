@@ -13,7 +13,7 @@ from fastidmm.evaluate import outputs
 from fastidmm.kernels.draws import fused, reference
 from fastidmm.kernels.randaugment import fused as fused_operations
 from fastidmm.kernels.views import plain_views, views
-from fastidmm.loaders.memory import place
+from fastidmm.loaders.memory import Tier, place
 from fastidmm.plan import GroupPlan, central_crops, draw
 from fastidmm.randaugment import randaugment
 from fastidmm.store import Store
@@ -163,6 +163,15 @@ def test_pinned_pixels_of_the_host_give_the_same_bits() -> None:
     drawn = plan(near, 1)
     ours, theirs = (views(each, drawn, GROUP, torch.bfloat16) for each in (near, far))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_selection_takes_its_own_bytes_there(tier: Tier) -> None:
+    few = store().select(torch.tensor([4, 0, 2, 3]))
+    there = place(few, CUDA, tier)
+    assert there.pixels.numel() == few.num_bytes and there.readable
+    for row in range(4):
+        assert torch.equal(there.image(row).cpu(), few.image(row))
 
 
 def test_images_that_stay_mapped_are_looked_at_by_parts() -> None:
