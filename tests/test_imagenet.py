@@ -53,6 +53,19 @@ def test_imagenet_is_its_two_folders(home: Path, imagenet: Path) -> None:
     assert opened("imagenet", imagenet.with_name("kaggle")).train == source.train
 
 
+def test_imagenets_training_folder_may_have_any_name(home: Path, imagenet: Path) -> None:
+    """Where it is what `--from` names, val/ is beside it."""
+    source = opened("imagenet", imagenet)
+    (imagenet / "train").rename(imagenet / "ILSVRC2012_img_train")
+    found = opened("imagenet", imagenet / "ILSVRC2012_img_train")
+    assert found.root == imagenet and found.test == source.test
+    assert [item.label for item in found.train] == [item.label for item in source.train]
+    assert all((imagenet / item.file).is_file() for item in found.train)
+    (imagenet / "val").rename(imagenet / "away")
+    with pytest.raises(UsageError, match="val has no folder per class"):
+        opened("imagenet", imagenet / "ILSVRC2012_img_train")
+
+
 def test_what_imagenet_may_not_be(home: Path, imagenet: Path, tmp_path: Path) -> None:
     for name in ("imagenet", "sin10k"):
         with pytest.raises(UsageError, match=f"image-net.org.*--dataset {name} --from FOLDER"):

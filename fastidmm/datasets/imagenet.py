@@ -20,15 +20,16 @@ class ImageNet:
     about = About(1000, 1_281_167, 50_000, fetched=False)
 
     def open(self, *, from_: Path | None, seed: int) -> Source:
-        """List train/ and val/ below `from_`; the counts are asserted."""
-        root, about = class_folders(from_, "imagenet", self.about).parent, self.about
+        """List train/ and val/ below `from_`, or it and val/ beside it; the counts are asserted."""
+        folder, about = class_folders(from_, "imagenet", self.about), self.about
+        root = folder.parent
         if not (root / "val").is_dir() or not _classes(root / "val"):
             raise UsageError(
                 f"{root / 'val'} has no folder per class: sort the 50,000 images of "
                 "ILSVRC2012_img_val.tar into folders named as those of train/."
             )
-        names = _classes(root / "train")
-        train, test = (tuple(listing(root / split, below=root)) for split in ("train", "val"))
+        names = _classes(folder)
+        train, test = (tuple(listing(split, below=root)) for split in (folder, root / "val"))
         numbers = (len(train), len(test), _classes(root / "val"))
         if numbers != (about.num_train, about.num_test, names):
             raise DataError(
