@@ -78,7 +78,8 @@ def gpu_tests() -> dict[str, Any]:
 def plain_loaders(photos: Path, device: torch.device) -> dict[str, Any]:
     """Loaders over the photographs, but DALI's, and the plain loop.
 
-    That is torch's loader and steps in fp32 (products in TF32), one operation at a time.
+    That is torch's loader and steps in fp32, products by torch's defaults in full, one operation at
+    a time. Who allows TF32 or autocast is nearer to the arm `torch`.
     """
     plain = loader.Arm("torch, fp32", "torch", run=(("precision", "fp32"), ("capture", False)))
     chosen = [*loader.arms(["resident", "ffcv", "torch"]), plain]

@@ -34,7 +34,7 @@ def where(mask: Tensor, x: Tensor, change: Callable[..., Tensor], *params: Tenso
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products of pixels in full float32, whatever the training step allows itself."""
+    """Products of pixels in full float32, whatever is allowed elsewhere."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

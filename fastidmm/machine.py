@@ -32,7 +32,8 @@ def set_up(device_name: str, *, exact: bool) -> torch.device:
     # Its gradients by a single query, as a last block's class token asks, have been NaN on an H200
     # (NVIDIA/cudnn-frontend issue 1072); flash attention takes its place.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    # What is said to be in float32 is: a run by --precision fp32, and every run's losses.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 

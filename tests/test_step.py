@@ -170,6 +170,15 @@ def test_compiling_and_exactness_exclude_each_other(toy: str) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_float32_is_float32(exact: bool) -> None:
+    """No product of it in TF32, which keeps 10 bits: not with fp32, nor beside bf16."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    set_up("cpu", exact=exact)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    torch.use_deterministic_algorithms(False)
+
+
 def test_attention_is_not_cudnns() -> None:
     """Whose gradients by one query have been NaN: see `machine.set_up`."""
     torch.backends.cuda.enable_cudnn_sdp(True)
