@@ -1,5 +1,6 @@
 """A step by itself: a batch's gradient however it is cut, its chance, its types, what follows."""
 
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,13 @@ def test_a_compiled_backbone_trains_alike_and_is_scored_plainly(
     assert len(graphs) == 2  # of 8 and of 4 images
     fast.method.backbone.eval()(torch.zeros(5, 3, 16, 16))
     assert len(graphs) == 2
+
+
+def test_compiling_recommends_no_tf32(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch would where a product is of float32, on Ampere and later."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    parts_of(compile=True)
+    warnings.warn("TensorFloat32 tensor cores for float32 [...] not enabled.", stacklevel=1)
 
 
 def test_compiling_and_exactness_exclude_each_other(toy: str) -> None:

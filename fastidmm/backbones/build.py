@@ -1,6 +1,7 @@
 """Build a backbone whose chance comes from counters, and load one that was trained before."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,6 +69,8 @@ class Encoder(nn.Module):
 
     def compile_training(self) -> None:
         """Train by a compiled model, which rounds otherwise; what is scored goes the plain way."""
+        # Where a product is of float32 torch would recommend TF32, which no run allows.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         self._compiled = torch.compile(self.model.forward, dynamic=False)
 
     def forward(self, images: Tensor) -> Tensor:
