@@ -1,8 +1,9 @@
 """DINO: give every view the teacher's probabilities of another, over made-up classes.
 
 Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, and
-its code; crops as the IDMM paper's comparison has them, all at one resolution. The rate falls to 0
-where the code stops at 1e-6.
+its code; crops as the IDMM paper's comparison has them, all at one resolution. The rate is at its
+peak a step later than the code's, and falls to 0 where the code stops at 1e-6; an epoch's last,
+shorter batch, which the code leaves out, is learnt from.
 """
 
 import math

@@ -2,7 +2,9 @@
 
 Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV
 2021, and its code, but for the fixed position embedding and first weights, which are the backbone's
-own here. The projection that makes patches into tokens keeps its first weights.
+own here; for the student's drop-path, which `[backbone]` sets and the code has none of; and for an
+epoch's last, shorter batch, which the code leaves out. The projection that makes patches into
+tokens keeps its first weights.
 """
 
 import math
