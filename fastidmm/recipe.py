@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
 import fastidmm
 from fastidmm.backbones.build import BackboneOptions, backbone
-from fastidmm.batch import Options
+from fastidmm.batch import Method, Options
 from fastidmm.errors import UsageError, did_you_mean
 from fastidmm.optim import OptimOptions
 from fastidmm.registry import find
@@ -100,31 +100,15 @@ class Recipe(BaseModel):
         for name, table in method.settings.items():
             tables = {**tables, name: {**table, **tables.get(name, {})}}
         run = _checked("run", RunOptions, tables)
-        entry = backbone(run.backbone)
         loader = Options if run.loader == "auto" else find("loader", run.loader).Options
         if run.loader == "auto" and tables.get("loader"):
             raise UsageError("[loader] holds settings of one loader: name it, too, by --loader.")
-        optim = _checked("optim", OptimOptions, tables)
-        if optim.warmup_epochs is not None and optim.warmup_epochs > run.epochs:
-            raise UsageError(
-                f"optim.warmup_epochs is {optim.warmup_epochs:g}, more than the {run.epochs} "
-                "epochs of the run: lower it or leave it out."
-            )
         if run.patience and not run.holdout:
             raise UsageError("run.patience needs images to judge by: give --holdout 0.1, too.")
         # Up to ten looks at the features and twenty checkpoints a run, unless told otherwise.
         cadence = {
             "knn_every": run.knn_every or max(2, -(-run.epochs // 10)),
             "checkpoint_every": run.checkpoint_every or -(-run.epochs // 20),
-        }
-        lr = entry.lr if method.lr_for_256 is None else method.lr_for_256 * run.batch_size / 256
-        warmup = entry.warmup_epochs if method.warmup_epochs is None else method.warmup_epochs
-        settled = {
-            "lr": optim.lr or lr,
-            # A short run still spends most of itself beyond the warm-up.
-            "warmup_epochs": min(warmup, run.epochs / 4)
-            if optim.warmup_epochs is None
-            else optim.warmup_epochs,
         }
         finetune = _checked("finetune", FinetuneOptions, tables)
         high = _checked("finetune_high", FinetuneHighOptions, tables)
@@ -136,7 +120,7 @@ class Recipe(BaseModel):
             )
         return cls(
             run=run.model_copy(update=cadence),
-            optim=optim.model_copy(update=settled),
+            optim=_optim(run, method, tables),
             backbone=_checked("backbone", BackboneOptions, tables),
             method=_checked("method", method.Options, tables),
             loader=_checked("loader", loader, tables),
@@ -156,6 +140,32 @@ class Recipe(BaseModel):
             rows = [f"{key} = {_toml(value)}" for key, value in table.items()]
             parts.append("\n".join([f"[{name}]", *rows]))
         return "\n\n".join(parts) + "\n"
+
+
+def _optim(run: RunOptions, method: type[Method], tables: Tables) -> OptimOptions:
+    """The table [optim], its rate and warm-up those of the method, or else of the backbone."""
+    found: OptimOptions = _checked("optim", OptimOptions, tables)
+    if found.warmup_epochs is not None and found.warmup_epochs > run.epochs:
+        raise UsageError(
+            f"optim.warmup_epochs is {found.warmup_epochs:g}, more than the {run.epochs} "
+            "epochs of the run: lower it or leave it out."
+        )
+    if found.weight_decay and "weight_decay" in method.Options.model_fields:
+        raise UsageError(
+            f"optim.weight_decay is not read by {run.method}, whose decay changes as it learns: "
+            "set method.weight_decay=[FIRST, LAST] instead."
+        )
+    entry = backbone(run.backbone)
+    lr = entry.lr if method.lr_for_256 is None else method.lr_for_256 * run.batch_size / 256
+    warmup = entry.warmup_epochs if method.warmup_epochs is None else method.warmup_epochs
+    settled = {
+        "lr": found.lr or lr,
+        # A short run still spends most of itself beyond the warm-up.
+        "warmup_epochs": min(warmup, run.epochs / 4)
+        if found.warmup_epochs is None
+        else found.warmup_epochs,
+    }
+    return found.model_copy(update=settled)
 
 
 def _toml(value: Any) -> str:

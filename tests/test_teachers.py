@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 
 from fastidmm.batch import Batch, Loss, Method, Views
+from fastidmm.errors import UsageError
 from fastidmm.methods.dino import DINO, DINOOptions
 from fastidmm.methods.mocov2 import queue_size
 from fastidmm.methods.teacher import Teacher, cosine
@@ -329,6 +330,17 @@ def test_dinos_groups_decay_by_schedule_and_biases_do_not() -> None:
     assert found == pytest.approx([0.04, 0.22, 0.4])
     assert method.frozen(0) == [method.head.directions] and method.frozen(1) == []
     assert DINO.clip == 3.0
+
+
+def test_a_decay_that_dino_would_not_read_is_refused() -> None:
+    """It would be fine-tuning's, unasked."""
+    run = {"dataset": "d", "method": "dino"}
+    with pytest.raises(UsageError, match=r"not read by dino, .* set method\.weight_decay=\[FIRST"):
+        Recipe.of({"run": run, "optim": {"weight_decay": 0.05}})
+    found = Recipe.of(
+        {"run": run, "optim": {"weight_decay": 0}, "method": {"weight_decay": [0, 1]}}
+    )
+    assert found.tables()["method"]["weight_decay"] == [0, 1]
 
 
 @pytest.mark.parametrize(
