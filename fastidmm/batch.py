@@ -164,7 +164,8 @@ class Method(nn.Module):
     needs_labels: ClassVar[bool] = False
     # What a recipe's [run] and [optim] have for this method where they say nothing else.
     settings: ClassVar[dict[str, dict[str, Any]]] = {}
-    # Peak rate at 256 images a step, in proportion at others, and warm-up; None: the backbone's.
+    # Peak rate for a batch of 256, in proportion for any other that is asked for, whether or not
+    # there are images to fill it; and warm-up. None: the backbone's.
     lr_for_256: ClassVar[float | None] = None
     warmup_epochs: ClassVar[int | None] = None
     clip: ClassVar[float | None] = None  # most that the gradient of one tensor may measure

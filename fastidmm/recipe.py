@@ -143,7 +143,10 @@ class Recipe(BaseModel):
 
 
 def _optim(run: RunOptions, method: type[Method], tables: Tables) -> OptimOptions:
-    """The table [optim], its rate and warm-up those of the method, or else of the backbone."""
+    """The table [optim], its rate and warm-up those of the method, or else of the backbone.
+
+    A method's rate is for the batch asked for: how many images there are, no recipe knows.
+    """
     found: OptimOptions = _checked("optim", OptimOptions, tables)
     if found.warmup_epochs is not None and found.warmup_epochs > run.epochs:
         raise UsageError(
