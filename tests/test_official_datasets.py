@@ -301,6 +301,27 @@ def test_broken_lists(
         opened(name, copy)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_damaged_photograph_is_not_passed_over(
+    split: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is not called the official split, and a note says what to do."""
+    made = BUILDERS["dtd"]()
+    shrink(monkeypatch, "dtd", made)
+    copy = made.unpack(tmp_path / "copy")
+    source = opened("dtd", copy)
+    whole = prepare(source, "whole", quiet=True)
+    path = source.root / getattr(source, split)[0].file
+    path.write_bytes(path.read_bytes()[:-40])
+    told = prepare(opened("dtd", copy), "cut", quiet=True)
+    assert whole.num_train + whole.num_test == told.num_train + told.num_test + 1
+    described = [read_json(folder_of(name))["source"]["description"] for name in ("whole", "cut")]
+    assert described[1] == f"{described[0]}, less 1 unusable file"
+    assert "the official split" in described[0]
+    assert not [note for note in whole.notes if "not the whole" in note]
+    assert told.notes[-1].startswith("not the whole official split: scores do not compare")
+
+
 def test_lists_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "MAX_UNPACKED_MAT", 500_000)
     bomb = zlib.compress(bytes(1_000_000))

@@ -40,6 +40,9 @@ class Source:
     split_seed: int | None = None  # None where the split is the dataset's own
     unusable: tuple[Unusable, ...] = ()  # files that need no decoding to be left out
     notes: tuple[str, ...] = ()  # sentences a user should read
+    official: bool = (
+        False  # a published split, which it no longer is without every one of its files
+    )
 
 
 @dataclass(frozen=True, slots=True)

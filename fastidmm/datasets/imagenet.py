@@ -36,7 +36,8 @@ class ImageNet:
                 f"{root} has {len(train):,} training and {len(test):,} test images, and ImageNet "
                 f"has {about.num_train:,} and {about.num_test:,}, same classes: unpack it again."
             )
-        return Source("ImageNet-1k, the official split", root, tuple(names), train, test)
+        title = "ImageNet-1k, the official split"
+        return Source(title, root, tuple(names), train, test, official=True)
 
 
 def class_folders(from_: Path | None, name: str, about: About) -> Path:

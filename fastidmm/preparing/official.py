@@ -102,6 +102,7 @@ class Official:
             train=tuple(listed.train),
             test=tuple(listed.test),
             notes=(found.note,) if found.note else (),
+            official=True,
         )
 
     def _listed(self, found: Found) -> Listed:

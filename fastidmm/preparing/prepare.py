@@ -25,7 +25,7 @@ from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
 from fastidmm.preparing.journal import Journal
 from fastidmm.preparing.making import Making, alone, write
 from fastidmm.preparing.pack import Packed, Packer, fingerprint_of
-from fastidmm.preparing.summary import Summary, shown
+from fastidmm.preparing.summary import Summary, counted, shown
 from fastidmm.preparing.watching import watching
 
 Described = dict[str, Any]
@@ -231,18 +231,25 @@ class _Work:
 def _described(wanted: _Wanted, packed: dict[str, Packed], tally: _Tally) -> Described:
     """What `store.json` says."""
     source = wanted.source
+    description, notes = source.description, source.notes
+    if source.official and tally.unusable:
+        description += f", less {counted(len(tally.unusable), 'unusable file')}"
+        notes += (
+            "not the whole official split: scores do not compare with published ones until the "
+            "unusable files are got again and the dataset is prepared anew",
+        )
     return {
         "reader_version": READER_VERSION,
         "name": wanted.name,
         "class_names": source.class_names,
         "splits": {split: _told(written) for split, written in packed.items() if written.files},
-        "source": {"description": source.description, "path": str(source.root.resolve())},
+        "source": {"description": description, "path": str(source.root.resolve())},
         "max_side": wanted.max_side,
         "split_seed": source.split_seed,
         "unusable": [asdict(file) for file in tally.unusable],
         "converted": dict(sorted(tally.converted.items())),
         "animated": tally.animated,
-        "notes": source.notes,
+        "notes": notes,
     }
 
 
