@@ -31,8 +31,9 @@ def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
         optimizer.step()
         found.append(loss.item())
     assert all(map(math.isfinite, found))
-    # The least of them: three images' contrast may be lost again by the very next step.
-    assert min(found) < 0.97 * found[0], found
+    # The least of them: three images' contrast may be lost again by the very next step. And the
+    # worse of the first two: it may also be there before the first, by luck.
+    assert min(found) < 0.97 * max(found[:2]), found
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "idmm"])
