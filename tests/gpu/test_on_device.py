@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastidmm import evaluate
 from fastidmm.augment import render, render_plain
 from fastidmm.batch import ViewGroup
 from fastidmm.chance import Counters
-from fastidmm.evaluate import outputs
 from fastidmm.kernels.draws import fused, reference
 from fastidmm.kernels.randaugment import fused as fused_operations
 from fastidmm.kernels.views import plain_views, views
@@ -174,12 +174,13 @@ def test_a_selection_takes_its_own_bytes_there(tier: Tier) -> None:
         assert torch.equal(there.image(row).cpu(), few.image(row))
 
 
-def test_images_that_stay_mapped_are_looked_at_by_parts() -> None:
-    photos = store(300)
+def test_images_that_stay_mapped_are_looked_at_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "CROPS_AT_ONCE", 16)
+    photos = store(37)
     mapped = photos.tables_to(CUDA)
     assert not mapped.readable and photos.to(CUDA).readable
     looked, direct = (
-        outputs(torch.nn.Flatten(), each, resolution=17, dtype=torch.float32)
+        evaluate.outputs(torch.nn.Flatten(), each, resolution=17, dtype=torch.float32)
         for each in (mapped, photos.to(CUDA))
     )
-    assert len(looked) == 300 and torch.equal(looked, direct)
+    assert len(looked) == 37 and torch.equal(looked, direct)
