@@ -94,6 +94,18 @@ def training_rows(recipe: Recipe) -> Store:
     return store
 
 
+def same_images(record: Record, fingerprint: str) -> None:
+    """Refuse images prepared anew since a run began: those it learnt may be test images now.
+
+    `fingerprint`: of the training split as it lies there.
+    """
+    if fingerprint != record.environment()["train_fingerprint"]:
+        raise DataError(
+            f"{record.recipe.run.dataset!r} was prepared anew since {record.folder} began: prepare "
+            "it as it was, or start a new run."
+        )
+
+
 def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
     """Rows of the training split to learn from, and those held out: int64, each in its order.
 
@@ -174,10 +186,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     device = set_up(run.device, exact=run.exact)
     dtype = dtype_of(run.precision, device)
     store = training_rows(recipe) if split is None else split
-    if store.fingerprint != record.environment()["train_fingerprint"]:
-        raise DataError(
-            f"{run.dataset!r} was prepared anew since {record.folder} began; start a new run."
-        )
+    same_images(record, store.fingerprint)
     counters = Counters(run.seed)
     method = build_method(recipe, store, counters)
     if run.init and checkpoint.newest(record.checkpoints) is None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastidmm import checkpoint
-from fastidmm.assemble import build_method, check_labels, training_rows
+from fastidmm.assemble import build_method, check_labels, same_images, training_rows
 from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
@@ -29,6 +29,8 @@ def evaluate(run: Path) -> dict[str, Any]:
     record.check()
     recipe = record.recipe
     store, test = scored_splits(recipe)
+    for each in (record, *map(Record, stages(run))):
+        same_images(each, store.fingerprint)
     device = set_up(recipe.run.device, exact=recipe.run.exact)
     store, test = within_reach(store, device), within_reach(test, device)
     scores: dict[str, Any] = {

@@ -8,7 +8,13 @@ from typing import Any
 
 from fastidmm import logs
 from fastidmm.apex import check
-from fastidmm.assemble import build_method, check_labels, initialise, training_rows
+from fastidmm.assemble import (
+    build_method,
+    check_labels,
+    initialise,
+    same_images,
+    training_rows,
+)
 from fastidmm.backbones.build import backbone
 from fastidmm.batch import Options
 from fastidmm.chance import Counters
@@ -130,7 +136,9 @@ def finetune(
             "[finetune], [finetune_high] and [supervised] are read when a run begins; here, set "
             "the stage's own keys, such as run.batch_size, optim.lr or method.mix."
         )
-    check_labels(training_rows(parent.recipe), parent.recipe.run.dataset)
+    store = training_rows(parent.recipe)
+    same_images(parent, store.fingerprint)
+    check_labels(store, parent.recipe.run.dataset)
     if pretrained and not parent.finished:
         raise UsageError(parent.unfinished)
     resolution = asked.get("resolution") or parent.recipe.finetune.resolution
@@ -142,7 +150,8 @@ def finetune(
         del tables["loader"]  # settings of another
     recipe = Recipe.of(with_settings(tables, settings, assignments))
     if start:
-        _same_images(start, recipe)
+        same_images(start, store.fingerprint)
+        _same_rows(start, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
     return _trained(run / name, recipe)
 
@@ -159,10 +168,13 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     stem = f"{tables['run']['dataset']}_{tables['run']['backbone']}_from_{run.resolve().name}"
     folder = run_folder(stem.replace(":", "-")[:60])
     tables["run"]["init"] = os.path.relpath(parent.result, folder)
-    return _trained(folder, Recipe.of(tables))
+    recipe = Recipe.of(tables)
+    if recipe.run.dataset == parent.recipe.run.dataset:
+        same_images(parent, training_rows(recipe).fingerprint)
+    return _trained(folder, recipe)
 
 
-def _same_images(start: Record, recipe: Recipe) -> None:
+def _same_rows(start: Record, recipe: Recipe) -> None:
     """Refuse to judge a stage by images that the stage before it has learnt."""
     for key in ("dataset", "num_images", "holdout", "seed"):
         before, now = getattr(start.recipe.run, key), getattr(recipe.run, key)

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from fastidmm import checkpoint
+from fastidmm.assemble import same_images
 from fastidmm.backbones.build import Encoder, build_encoder, load_weights
 from fastidmm.chance import Counters
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import UsageError
 from fastidmm.evaluate import PLAIN, resized_side
 from fastidmm.record import Record, encoder_weights
 from fastidmm.store import folder_of, read_json
@@ -91,11 +92,6 @@ def encoder_of(folder: Path) -> tuple[Record, Encoder]:
 
 def _class_names(record: Record) -> tuple[str, ...]:
     """The classes' names, from the photographs that they were learnt from."""
-    name = record.recipe.run.dataset
-    described = read_json(folder_of(name))
-    if described["splits"]["train"]["fingerprint"] != record.environment()["train_fingerprint"]:
-        raise DataError(
-            f"{name!r} was prepared anew since {record.folder} began, and its classes may be "
-            "others: prepare it as it was."
-        )
+    described = read_json(folder_of(record.recipe.run.dataset))
+    same_images(record, described["splits"]["train"]["fingerprint"])  # its classes may be others
     return tuple(described["class_names"])

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastidmm.assemble import training_rows
-from fastidmm.errors import DataError, FastidmmError
+from fastidmm.assemble import same_images, training_rows
+from fastidmm.errors import FastidmmError
 from fastidmm.reporting.commands import Stage
 from fastidmm.store import Store, folder_of, open_store, read_json
 
@@ -28,8 +28,7 @@ def data_of(stage: Stage) -> Data:
     dataset = stage.record.recipe.run.dataset
     try:
         store, folder = training_rows(stage.record.recipe), folder_of(dataset)
-        if store.fingerprint != stage.environment["train_fingerprint"]:
-            raise DataError(f"{dataset!r} was prepared anew since this run began.")
+        same_images(stage.record, store.fingerprint)
         described = read_json(folder)
         has_test = "test" in described["splits"]
         labels = open_store(folder, "test").label if has_test else torch.zeros(0)

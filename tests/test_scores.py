@@ -1,0 +1,58 @@
+"""Scores are of images that were not learnt, of weights as they are, and read in one way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_runs import FIRST, HIGH, RUN, recipe
+
+from fastidmm import scoring, stages
+from fastidmm.datasets.folder import Folder
+from fastidmm.errors import DataError
+from fastidmm.preparing.prepare import prepare
+from fastidmm.record import Record
+
+ONE: dict[str, Any] = {**FIRST, "run.epochs": 1}
+
+
+def prepare_drawn(seed: int) -> None:
+    """All photographs as 'drawn', a fifth of them for testing, by the seed."""
+    source = Folder().open(from_=Path("photos/train"), seed=seed)
+    prepare(source, "drawn", workers=0, quiet=True)
+
+
+def test_images_prepared_anew_are_neither_scored_nor_learnt_from(toy: str) -> None:
+    """Another draw has test images that the run learnt from."""
+    prepare_drawn(0)
+    stages.pretrain(recipe(dataset="drawn", epochs=1), "run")
+    stages.finetune(RUN, ONE, [])
+    first = scoring.evaluate(RUN)
+    prepare_drawn(1)
+    for pretrained in (True, False):
+        with pytest.raises(DataError, match="'drawn' was prepared anew since runs/run began"):
+            stages.finetune(RUN, ONE, [], pretrained=pretrained)
+    with pytest.raises(DataError, match="prepared anew"):
+        stages.transfer(RUN, {**ONE, "run.dataset": "drawn"}, [])
+    with pytest.raises(DataError, match="prepared anew"):
+        scoring.evaluate(RUN)
+    assert sorted(path.name for path in Path("runs").glob("[!.]*")) == ["run"]
+    prepare_drawn(0)
+    assert scoring.evaluate(RUN)["scores"] == first["scores"]
+
+
+def test_a_stage_of_other_images_is_neither_scored_nor_gone_on_from(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose run is of these: one that an older version has left behind."""
+    prepare_drawn(0)
+    stages.pretrain(recipe(dataset="drawn", epochs=1), "run")
+    stages.finetune(RUN, ONE, [])
+    path = RUN / "finetune-16" / "environment.json"
+    own = path.read_text()
+    path.write_text(own.replace(own.partition('"train_fingerprint": "')[2][:64], "0" * 64))
+    told = "prepared anew since runs/run/finetune-16 began"
+    with pytest.raises(DataError, match=told):
+        scoring.evaluate(RUN)  # before anything is scored
+    monkeypatch.setattr(Record, "check", lambda self: None)  # it would tell that it was changed
+    with pytest.raises(DataError, match=told):
+        stages.finetune(RUN, HIGH, [])
