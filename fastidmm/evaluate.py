@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastidmm.batch import ViewGroup
+from fastidmm.errors import NumericalError
 from fastidmm.interrupt import Stop
 from fastidmm.kernels.views import plain_views
 from fastidmm.plan import central_crops
@@ -160,6 +161,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
 
     Full-batch L-BFGS from zero, weight decay 1e-2: the same for every backbone compared.
     """
+    check_finite(train, test)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         mean, deviation = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
         x = ((train - mean) / deviation).clone()
@@ -180,6 +182,15 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
     return ((test - mean) / deviation) @ weight.detach().T + bias.detach()
 
 
+def check_finite(*found: Tensor) -> None:
+    """Refuse features or logits of which no score would mean anything."""
+    if not all(bool(each.isfinite().all()) for each in found):
+        raise NumericalError(
+            "what the backbone makes of the images is not finite, and cannot be scored: train "
+            "anew with a lower --set optim.lr, or with --precision fp32."
+        )
+
+
 def score(found: Tensor, labels: Tensor, *, top: int = 1) -> Score:
     """How often the right class is among the `top` of (M, classes) logits or votes."""
     right = found.topk(top, dim=1).indices == labels[:, None]
@@ -192,6 +203,7 @@ def measured(found: Tensor, labels: Tensor) -> dict[str, Any]:
     Top-1 with its interval; top-5, where there are more classes than that; right answers and
     images of each class; [class, class it was taken for, how often], the most frequent first.
     """
+    check_finite(found)
     num_classes, taken = found.shape[1], found.topk(1, dim=1).indices[:, 0]
     table = (labels * num_classes + taken).bincount(minlength=num_classes**2)
     table = table.view(num_classes, num_classes)

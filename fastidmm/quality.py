@@ -4,6 +4,7 @@ Sources: Garrido et al., "RankMe", ICML 2023; Wang and Isola, "Understanding Con
 Representation Learning through Alignment and Uniformity", ICML 2020.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -34,8 +35,13 @@ def spread(features: Tensor) -> float:
 
 
 def rankme(features: Tensor) -> float:
-    """Directions that features (N, D) use, 1 to min(N, D): exp of the singular values' entropy."""
+    """Directions that features (N, D) use, 1 to min(N, D): exp of the singular values' entropy.
+
+    nan where any is not finite, which eigvalsh would take for an error.
+    """
     tall = features.double()
+    if not tall.isfinite().all():
+        return math.nan
     gram = tall.T @ tall if len(tall) >= tall.shape[1] else tall @ tall.T
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = values / values.sum().clamp(min=1e-300)

@@ -16,6 +16,7 @@ from toy_runs import recipe
 
 from fastidmm.assemble import assemble, training_rows
 from fastidmm.augment import render_plain
+from fastidmm.errors import NumericalError
 from fastidmm.evaluate import (
     PLAIN,
     Score,
@@ -142,6 +143,17 @@ def test_the_linear_probe_survives_features_without_spread() -> None:
     train, labels = clusters(60, 4, 3, 1, 0.1)
     train[:, 2] = 7.0
     assert score(linear_probe(train, labels, train, 3), labels).value == 1
+
+
+def test_what_is_not_finite_is_not_scored() -> None:
+    train, labels = clusters(60, 4, 3, 1, 0.1)
+    bad = train.clone()
+    bad[7, 1] = torch.inf
+    for given in ((bad, labels, train), (train, labels, bad)):
+        with pytest.raises(NumericalError, match="is not finite, and cannot be scored: train anew"):
+            linear_probe(*given, 3)
+    with pytest.raises(NumericalError, match="is not finite"):
+        measured(bad, labels)
 
 
 # --- scores -------------------------------------------------------------------------------------

@@ -60,6 +60,14 @@ def test_rankme_of_what_is_known() -> None:
     assert rankme(torch.zeros(4, 3)) == 1
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_of_features_that_are_not_finite_no_measure_is_an_error(bad: float) -> None:
+    z = features(9, 5)
+    z[3, 2] = bad
+    found = [rankme(z), spread(z), uniformity(z), alignment(z, features(9, 5))]
+    assert all(math.isnan(each) for each in found) and 0 <= retrieval(z, z) <= 1
+
+
 @pytest.mark.parametrize("num", [2, 5, 33])
 def test_uniformity_is_over_all_pairs(num: int) -> None:
     z = features(num, 6)

@@ -16,6 +16,7 @@ from test_train import fail_at
 from fastidmm import errors
 from fastidmm.batch import Batch, Loss
 from fastidmm.methods.idmm import IDMM
+from fastidmm.record import Record
 
 DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 
@@ -51,6 +52,17 @@ def test_numbers_that_are_not_finite(
     fail_at(monkeypatch, lambda attempt, step: True)
     status, _, err = typed("pretrain", *TINY)
     assert status == 4 and "--set optim.lr" in sentence(err)
+
+
+def test_weights_that_diverge_are_looked_at_and_end_as_numbers_do(typed: Type, toy: str) -> None:
+    """Features that are not finite are null in their line; the run goes back, and ends with 4."""
+    words = "--backbone vit_micro --resolution 16 --batch-size 8 --precision fp16 --epochs 40"
+    keys = ("optim.lr=3", "optim.warmup_epochs=0", "run.knn_every=1")
+    sets = [word for key in keys for word in ("--set", key)]
+    status, _, err = typed("pretrain", *words.split(), *sets, "--run", "mine")
+    assert status == 4 and "--set optim.lr" in sentence(err) and "attempt 1" in err
+    lines = Record(Path("runs/mine")).metrics()
+    assert any("rankme" in line and line["rankme"] is None for line in lines)
 
 
 @pytest.mark.parametrize(
