@@ -1,14 +1,13 @@
 """Runs side by side: what was scored, at which budget, and which differences can be claimed."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import UsageError
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.reporting.claims import FINETUNED, Arm, Measure, measures, percent
-from fastidmm.scoring import EVALUATION
+from fastidmm.scoring import kept
 from fastidmm.stages import summary
 
 VERDICTS = {
@@ -66,14 +65,8 @@ class Compared:
 
 def _evaluated(folder: Path) -> dict[str, Arm]:
     """Scores on frozen features, where `evaluate` has been."""
-    path = folder / EVALUATION
-    if not path.exists():
-        return {}
-    try:
-        scores = json.loads(path.read_text())["scores"]
-    except (ValueError, KeyError) as problem:
-        raise DataError(f"{path} cannot be read ({problem}); evaluate the run again.") from None
-    found = {m.name: m.pretrained for m in measures(scores)}
+    evaluation = kept(folder)
+    found = {m.name: m.pretrained for m in measures(evaluation["scores"])} if evaluation else {}
     return {name: arm for name, arm in found.items() if arm and not arm.epochs}
 
 

@@ -14,9 +14,11 @@ from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
+from fastidmm.preparing.files import naming, write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, newest_weights, stages
+from fastidmm.reporting.claims import ARMS
 from fastidmm.store import Store, folder_of, has_split, open_store
 
 EVALUATION = "evaluation.json"
@@ -31,6 +33,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     store, test = scored_splits(recipe)
     for each in (record, *map(Record, stages(run))):
         same_images(each, store.fingerprint)
+    before = _evaluations(run)
     device = set_up(recipe.run.device, exact=recipe.run.exact)
     store, test = within_reach(store, device), within_reach(test, device)
     scores: dict[str, Any] = {
@@ -54,20 +57,49 @@ def evaluate(run: Path) -> dict[str, Any]:
         "num_test": len(test),
         "class_names": test.class_names,
         "scores": scores,
-        "evaluations": looks(run)["evaluate"] + 1,
+        "evaluations": before + 1,
     }
-    aside = run / f".{EVALUATION}"
-    aside.write_text(json.dumps(found))
-    aside.replace(run / EVALUATION)
+    with naming(run / EVALUATION):
+        write_whole(run / EVALUATION, json.dumps(found))
     return found
+
+
+def kept(run: Path) -> dict[str, Any] | None:
+    """What `evaluate` has kept in a run's folder; None: it has not been there."""
+    path = run / EVALUATION
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        for cell in (cell for arm in ARMS for cell in found["scores"][arm].values()):
+            Score(cell["correct"], cell["num"]).as_dict()
+        if not isinstance(found["num_train"], int) or not isinstance(found["num_test"], int):
+            raise TypeError("it counts no images")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); evaluate the run again.") from None
+    return found
+
+
+def _evaluations(run: Path) -> int:
+    """How often a run was evaluated before; none where that can no longer be read."""
+    try:
+        return looks(run)["evaluate"]
+    except DataError:
+        say(
+            f"warning: {run / EVALUATION} cannot be read and is written anew: earlier looks at the "
+            "test images are no longer counted."
+        )
+        return 0
 
 
 def looks(run: Path) -> dict[str, int]:
     """How often a run's test images were looked at: in fine-tuning, and by `evaluate`."""
-    path = run / EVALUATION
     lines = [line for folder in (run, *stages(run)) for line in Record(folder).metrics()]
-    before = json.loads(path.read_text()).get("evaluations", 1) if path.exists() else 0
-    return {"finetune": sum("test_top1" in line for line in lines), "evaluate": before}
+    found = kept(run)
+    return {
+        "finetune": sum("test_top1" in line for line in lines),
+        "evaluate": found.get("evaluations", 1) if found else 0,
+    }
 
 
 def check_split(dataset: str) -> None:

@@ -113,6 +113,3 @@ def test_wrong_uses(typed: Type, runs: list[Path]) -> None:
     ):
         status, _, err = typed("compare", *words)
         assert (status, message in sentence(err)) == (2, True), err
-    (runs[0] / "evaluation.json").write_text("{")
-    status, _, err = typed("compare", "one", "two")
-    assert status == 3 and "evaluate the run again" in sentence(err)

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import Type, sentence
+from test_cli import typed as typed
 from toy_runs import FIRST, HIGH, RUN, recipe
 
 from fastidmm import scoring, stages
@@ -56,3 +58,20 @@ def test_a_stage_of_other_images_is_neither_scored_nor_gone_on_from(
     monkeypatch.setattr(Record, "check", lambda self: None)  # it would tell that it was changed
     with pytest.raises(DataError, match=told):
         stages.finetune(RUN, HIGH, [])
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"scores": {"pretrained": {}}}', '{"scores": 3}'])
+def test_scores_that_cannot_be_read_are_one_sentence_until_they_are_made_anew(
+    typed: Type, toy: str, broken: str
+) -> None:
+    for name in ("run", "other"):
+        stages.pretrain(recipe(epochs=1), name)
+    path = RUN / scoring.EVALUATION
+    path.write_text(broken)
+    for words in (("compare", "run", "other"), ("report", "run"), ("export", "run", "--out", "o")):
+        status, _, err = typed(*words)
+        told = f"{path} cannot be read" in sentence(err)
+        assert (status, told, "evaluate the run again" in err) == (3, True, True), err
+    status, _, err = typed("evaluate", "run")
+    assert status == 0 and "earlier looks at the test images are no longer counted" in err
+    assert scoring.looks(RUN)["evaluate"] == 1 and typed("compare", "run", "other")[0] == 0

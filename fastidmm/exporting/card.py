@@ -1,7 +1,5 @@
 """The model card of an export: what was learnt from what, how well, and how to load it."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import fastidmm
@@ -11,7 +9,7 @@ from fastidmm.exporting.learnt import Learnt
 from fastidmm.plan import num_steps
 from fastidmm.preparing.summary import counted
 from fastidmm.record import RECIPE, Record
-from fastidmm.scoring import EVALUATION, looks
+from fastidmm.scoring import kept, looks
 from fastidmm.stages import summary
 
 FROZEN = {"knn": "kNN on frozen features", "linear_probe": "linear probe on frozen features"}
@@ -161,10 +159,10 @@ def _scores(found: Learnt) -> str:
 def _rows(found: Learnt) -> list[tuple[str, str, str]]:
     """Scores of these very weights: as `evaluate` kept them, or as training told them."""
     folder, step = found.record.folder, checkpoint.step_of(found.checkpoint)
-    kept = _kept(folder) or _kept(folder.parent)
-    arms = [kept.get("scores", {}).get(arm, {}) for arm in ("pretrained", "random")]
+    evaluation = kept(folder) or kept(folder.parent) or {}
+    arms = [evaluation.get("scores", {}).get(arm, {}) for arm in ("pretrained", "random")]
     if found.head is None:
-        if kept.get("step") != step:
+        if evaluation.get("step") != step:
             return []
         cells = [[arm.get(key) for arm in arms] for key in FROZEN]
         return [
@@ -183,16 +181,6 @@ def _rows(found: Learnt) -> list[tuple[str, str, str]]:
     # With images held out it was never asked about the test images as it learnt.
     last = summary(found.record).get("test_top1")
     return [("top-1", _share(last), "")] if last else []
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    """What `evaluate` found."""
-    path = folder / EVALUATION
-    try:
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        return {}
-    return found
 
 
 def _share(cell: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import UsageError
 from fastidmm.forecast import spell
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.registry import find
@@ -19,7 +19,7 @@ from fastidmm.reporting.dataset import Data, data_of
 from fastidmm.reporting.inside import Inside, inside
 from fastidmm.reporting.mistakes import mistakes
 from fastidmm.reporting.pictures import Shown, shown
-from fastidmm.scoring import EVALUATION, looks
+from fastidmm.scoring import kept, looks
 
 REPORT = "report.html"
 
@@ -42,7 +42,7 @@ class Page:
     def _facts(self, *, live: bool) -> dict[str, Any]:
         """All that the template shows."""
         stage = Stage(Record(self.run))
-        data, evaluation = data_of(stage), _evaluation(self.run)
+        data, evaluation = data_of(stage), kept(self.run)
         tuned = [Stage(Record(folder)) for folder in stages(self.run)]
         scores = evaluation["scores"] if evaluation else None
         first_step = (max(stage.epoch, 1) - 1) * stage.steps_per_epoch
@@ -101,7 +101,7 @@ def remaining(run: Path) -> list[str]:
     """The commands that bring what a run lacks, in their order; its report is the last."""
     stage = Stage(Record(run))
     tuned = [Stage(Record(folder)) for folder in stages(run)]
-    evaluation, scorable = _evaluation(run), data_of(stage).scorable
+    evaluation, scorable = kept(run), data_of(stage).scorable
     steps = missing(stage, tuned, evaluation["scores"] if evaluation else None, scorable=scorable)
     return [*(command for _, command in steps if command), f"fastidmm report --run {argument(run)}"]
 
@@ -117,17 +117,6 @@ def _template() -> Template:
     pages.filters["percent"] = percent
     pages.filters["spell"] = spell
     return pages.get_template("report.html.j2")
-
-
-def _evaluation(run: Path) -> dict[str, Any] | None:
-    path = run / EVALUATION
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as problem:
-        raise DataError(f"{path} cannot be read ({problem}); evaluate the run again.") from None
-    return found
 
 
 def _verdict(data: Data, evaluation: dict[str, Any] | None) -> str:
