@@ -7,7 +7,7 @@ from typing import Any
 from fastidmm.errors import UsageError
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.reporting.claims import FINETUNED, Arm, Measure, measures, percent
-from fastidmm.scoring import kept
+from fastidmm.scoring import kept, scored
 from fastidmm.stages import summary
 
 VERDICTS = {
@@ -37,6 +37,7 @@ class Compared:
             raise UsageError(f"{folder} is a stage; name its run: {folder.parent}.")
         record = Record(folder)
         run, started = record.recipe.run, record.environment()
+        evaluation = kept(folder)
         learnt = [record] if run.method == "supervised" else []
         learnt += [stage for stage in map(Record, stages(folder)) if stage.pretrained]
         learnt = [stage for stage in learnt if stage.finished]
@@ -50,7 +51,7 @@ class Compared:
         }
         return cls(
             folder,
-            {**_evaluated(folder), **_told(tuned)},
+            {**_frozen(evaluation), **_tuned(tuned, evaluation)},
             budget,
             (run.dataset, started["train_fingerprint"]),
             sum(float(each.state.get("seconds", 0.0)) for each in everything),
@@ -63,18 +64,21 @@ class Compared:
         return {**told, "budget": self.budget, "seconds": round(self.seconds, 1)}
 
 
-def _evaluated(folder: Path) -> dict[str, Arm]:
+def _frozen(evaluation: dict[str, Any] | None) -> dict[str, Arm]:
     """Scores on frozen features, where `evaluate` has been."""
-    evaluation = kept(folder)
     found = {m.name: m.pretrained for m in measures(evaluation["scores"])} if evaluation else {}
     return {name: arm for name, arm in found.items() if arm and not arm.epochs}
 
 
-def _told(tuned: dict[int, Record]) -> dict[str, Arm]:
-    """Scores of fine-tuned stages after their last epoch, as they told them while they learnt."""
+def _tuned(tuned: dict[int, Record], evaluation: dict[str, Any] | None) -> dict[str, Arm]:
+    """Scores of fine-tuned stages as `evaluate` found them, or else as told in their last epoch.
+
+    With images held out no stage tells any, since it never sees the test images.
+    """
     found = {}
     for side, stage in sorted(tuned.items()):
-        if top := summary(stage).get("test_top1"):
+        _, cell = scored(stage, evaluation) or ("", None)
+        if top := cell or summary(stage).get("test_top1"):
             cell = {**top, "epochs": stage.recipe.run.epochs}
             scores = {"pretrained": {f"{FINETUNED}{side}": cell}}
             (measure,) = (m for m in measures(scores) if m.pretrained)

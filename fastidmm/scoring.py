@@ -18,7 +18,7 @@ from fastidmm.preparing.files import naming, write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, newest_weights, stages
-from fastidmm.reporting.claims import ARMS
+from fastidmm.reporting.claims import ARMS, FINETUNED
 from fastidmm.store import Store, folder_of, has_split, open_store
 
 EVALUATION = "evaluation.json"
@@ -47,7 +47,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         if not stage.finished:
             say(f"not scored: {stage.unfinished}")
             continue
-        key = f"finetuned_{stage.resolution}"
+        key = f"{FINETUNED}{stage.resolution}"
         scores["pretrained" if stage.pretrained else "random"][key] = stage_scores(stage, test)
     found = {
         "run": str(run),
@@ -78,6 +78,17 @@ def kept(run: Path) -> dict[str, Any] | None:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as problem:
         raise DataError(f"{path} cannot be read ({problem}); evaluate the run again.") from None
     return found
+
+
+def scored(stage: Record, evaluation: dict[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
+    """A stage's arm and cell in an evaluation, if that is of the checkpoint that counts now."""
+    key = f"{FINETUNED}{stage.resolution}"
+    own = stage.folder.name, checkpoint.step_of(stage.result)
+    for arm, cells in evaluation["scores"].items() if evaluation else ():
+        cell: dict[str, Any] = cells.get(key, {})
+        if (cell.get("stage"), cell.get("step")) == own:
+            return arm, cell
+    return None
 
 
 def _evaluations(run: Path) -> int:

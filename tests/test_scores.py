@@ -1,5 +1,6 @@
 """Scores are of images that were not learnt, of weights as they are, and read in one way."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from test_cli import Type, sentence
 from test_cli import typed as typed
 from toy_runs import FIRST, HIGH, RUN, recipe
 
-from fastidmm import scoring, stages
+from fastidmm import runs, scoring, stages
+from fastidmm.compare import Compared
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError
+from fastidmm.evaluate import Score
 from fastidmm.preparing.prepare import prepare
 from fastidmm.record import Record
+from fastidmm.reporting.beside import others
 
 ONE: dict[str, Any] = {**FIRST, "run.epochs": 1}
 
@@ -75,3 +79,22 @@ def test_scores_that_cannot_be_read_are_one_sentence_until_they_are_made_anew(
     status, _, err = typed("evaluate", "run")
     assert status == 0 and "earlier looks at the test images are no longer counted" in err
     assert scoring.looks(RUN)["evaluate"] == 1 and typed("compare", "run", "other")[0] == 0
+
+
+def test_with_images_held_out_a_run_has_the_scores_that_evaluate_found(toy: str) -> None:
+    """Of the epoch that counts; nothing was told of test images while it learnt."""
+    for name in ("run", "other"):
+        stages.pretrain(recipe(epochs=1, holdout=0.2), name)
+        stages.finetune(Path("runs") / name, ONE, [])
+    assert not Compared.of(RUN).scores and runs.listed("toy")[0]["finetuned"] == {}
+    found = scoring.evaluate(RUN)["scores"]["pretrained"]["finetuned_16"]
+    measure = "fine-tuned accuracy at 16 px"
+    assert Compared.of(RUN).scores[measure].score == Score(found["correct"], 8)
+    listed = {row["run"]: row["finetuned"] for row in runs.listed("toy")}
+    assert listed["run"][measure]["correct"] == found["correct"] and listed["other"] == {}
+    assert [row["run"] for row in runs.best("toy")] == ["run", "other"]
+    assert measure in others(RUN).measures
+    evaluation = json.loads((RUN / scoring.EVALUATION).read_text())
+    evaluation["scores"]["pretrained"]["finetuned_16"]["step"] += 1  # of other weights
+    (RUN / scoring.EVALUATION).write_text(json.dumps(evaluation))
+    assert measure not in Compared.of(RUN).scores

@@ -9,7 +9,8 @@ from fastidmm.exporting.learnt import Learnt
 from fastidmm.plan import num_steps
 from fastidmm.preparing.summary import counted
 from fastidmm.record import RECIPE, Record
-from fastidmm.scoring import kept, looks
+from fastidmm.reporting.claims import ARMS, FINETUNED
+from fastidmm.scoring import kept, looks, scored
 from fastidmm.stages import summary
 
 FROZEN = {"knn": "kNN on frozen features", "linear_probe": "linear probe on frozen features"}
@@ -159,25 +160,22 @@ def _scores(found: Learnt) -> str:
 def _rows(found: Learnt) -> list[tuple[str, str, str]]:
     """Scores of these very weights: as `evaluate` kept them, or as training told them."""
     folder, step = found.record.folder, checkpoint.step_of(found.checkpoint)
-    evaluation = kept(folder) or kept(folder.parent) or {}
-    arms = [evaluation.get("scores", {}).get(arm, {}) for arm in ("pretrained", "random")]
+    evaluation = kept(folder) or kept(folder.parent)
     if found.head is None:
-        if evaluation.get("step") != step:
+        if not evaluation or evaluation.get("step") != step:
             return []
-        cells = [[arm.get(key) for arm in arms] for key in FROZEN]
+        cells = [[evaluation["scores"][arm].get(key) for arm in ARMS] for key in FROZEN]
         return [
             (name, _share(a), _share(b))
             for name, (a, b) in zip(FROZEN.values(), cells, strict=True)
         ]
-    key = f"finetuned_{found.record.resolution}"
-    for one, other in (arms, arms[::-1]):
-        cell = one.get(key, {})
-        if (cell.get("stage"), cell.get("step")) == (folder.name, step):
-            against = other.get(key) or {}
-            fair = one is arms[0] and against.get("epochs") == cell["epochs"]
-            beside = _share(against) if fair else ""
-            top5 = [("top-5", _share(cell["top5"]), "")] if cell.get("top5") else []
-            return [("top-1", _share(cell), beside), *top5]
+    if evaluation and (of_it := scored(found.record, evaluation)):
+        arm, cell = of_it
+        against = evaluation["scores"]["random"].get(f"{FINETUNED}{found.record.resolution}", {})
+        fair = arm == "pretrained" and against.get("epochs") == cell["epochs"]
+        beside = _share(against) if fair else ""
+        top5 = [("top-5", _share(cell["top5"]), "")] if cell.get("top5") else []
+        return [("top-1", _share(cell), beside), *top5]
     # With images held out it was never asked about the test images as it learnt.
     last = summary(found.record).get("test_top1")
     return [("top-1", _share(last), "")] if last else []
