@@ -6,6 +6,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastidmm import logs
 from fastidmm.apex import check
 from fastidmm.assemble import (
@@ -13,6 +15,7 @@ from fastidmm.assemble import (
     check_labels,
     initialise,
     same_images,
+    split_rows,
     training_rows,
 )
 from fastidmm.backbones.build import backbone
@@ -29,6 +32,7 @@ from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, numbered, run_folder, stages
 from fastidmm.registry import find
 from fastidmm.scoring import best
+from fastidmm.store import folder_of, open_store
 from fastidmm.train import train
 
 LATEST = 10  # metric lines: a single small batch says little
@@ -152,6 +156,8 @@ def finetune(
     if start:
         same_images(start, store.fingerprint)
         _same_rows(start, recipe)
+    if pretrained:
+        check_held_out(parent, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
     return _trained(run / name, recipe)
 
@@ -171,6 +177,7 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     recipe = Recipe.of(tables)
     if recipe.run.dataset == parent.recipe.run.dataset:
         same_images(parent, training_rows(recipe).fingerprint)
+        check_held_out(parent, recipe)
     return _trained(folder, recipe)
 
 
@@ -183,6 +190,22 @@ def _same_rows(start: Record, recipe: Recipe) -> None:
                 f"run.{key} is {now!r}, and {start.folder}, whose classifier is taken over, learnt "
                 f"with {before!r}: keep that, or fine-tune at the first resolution again."
             )
+
+
+def check_held_out(parent: Record, recipe: Recipe) -> None:
+    """Refuse to judge a stage by images whose labels its run learnt; warn where without labels."""
+    if not recipe.run.holdout:
+        return
+    before, whole = parent.recipe, open_store(folder_of(recipe.run.dataset), "train")
+    held, learnt = split_rows(recipe, whole)[1], split_rows(before, whole)[0]
+    if not (num := int(torch.isin(held, learnt).sum())):
+        return
+    told = f"{num} of the {len(held)} images held out were learnt by {parent.folder}"
+    same = f"--holdout {before.run.holdout:g} --seed {before.run.seed}, as it had"
+    remedy = f"give {same}" if before.run.holdout else "leave --holdout out"
+    if find("method", before.run.method).needs_labels:
+        raise UsageError(f"{told}, with their labels: {remedy}, or pretrain with this --holdout.")
+    say(f"warning: {told}, without their labels: scores on them may be too high; {remedy}.")
 
 
 def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record | None:

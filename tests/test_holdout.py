@@ -1,5 +1,6 @@
 """Images held out of training, patience by them, and looks at the test images."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,29 @@ def test_a_stage_is_not_judged_by_what_the_one_before_learnt(
     with pytest.raises(UsageError, match=r"finetune-16, whose classifier is taken over, learnt"):
         stages.finetune(RUN, {**HIGH, "run.epochs": 1, **change}, [])
     assert not (RUN / "finetune-32").exists()
+
+
+@pytest.mark.parametrize("of_run", [{}, {"holdout": 0.2, "seed": 5}])
+@pytest.mark.parametrize("method", ["idmm", "supervised"])
+def test_a_stage_is_not_judged_by_images_that_its_run_learnt(
+    toy: str, of_run: dict[str, Any], method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused where with their labels, said where without; a share of its own is never learnt."""
+    stages.pretrain(recipe(epochs=1, method=method, **of_run), "run")
+    held = {**FIRST, "run.epochs": 1, "run.holdout": 0.2, "run.seed": 0}
+    told = r"[34] of the 4 images held out were learnt by runs/run, with"
+    remedy = "give --holdout 0.2 --seed 5, as it had" if of_run else "leave --holdout out"
+    capsys.readouterr()
+    if method == "supervised":
+        for tune in (stages.finetune, stages.transfer):
+            with pytest.raises(UsageError, match=f"{told} their labels: {remedy}"):
+                tune(RUN, {**held, "run.dataset": "toy"}, [])
+    else:
+        stages.finetune(RUN, held, [])
+        assert re.search(f"warning: {told}out their labels: .*{remedy}", capsys.readouterr().err)
+    stages.finetune(RUN, {**FIRST, "run.epochs": 1}, [])  # as the run has it
+    stages.finetune(RUN, held, [], pretrained=False)  # begins without what the run learnt
+    assert "images held out were learnt" not in capsys.readouterr().err
 
 
 def test_with_images_held_out_the_test_split_is_not_read(toy: str) -> None:
