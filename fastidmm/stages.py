@@ -130,11 +130,9 @@ def finetune(
     parent = Record(run)
     parent.check()
     asked = with_settings({}, settings, assignments).get("run", {})
-    wanted = asked.get("backbone")
     if (run.parent / RECIPE).exists():
         raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
-    if wanted not in (None, parent.recipe.run.backbone):
-        raise UsageError(f"{run} was trained with {parent.recipe.run.backbone}, not {wanted}.")
+    check_own(parent, asked)
     if any(text.strip().startswith(("finetune", "supervised.")) for text in assignments):
         raise UsageError(
             "[finetune], [finetune_high] and [supervised] are read when a run begins; here, set "
@@ -160,6 +158,22 @@ def finetune(
         check_held_out(parent, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
     return _trained(run / name, recipe)
+
+
+def check_own(parent: Record, asked: dict[str, Any]) -> None:
+    """Refuse keys of [run] in which a stage cannot differ from its run."""
+    run, own = parent.folder, parent.recipe.run
+    if asked.get("backbone") not in (None, own.backbone):
+        raise UsageError(f"{run} was trained with {own.backbone}, not {asked['backbone']}.")
+    if (dataset := asked.get("dataset")) not in (None, own.dataset):
+        raise UsageError(
+            f"{run} is of {own.dataset!r}, and so are its stages: `fastidmm finetune --dataset "
+            f"{dataset}` makes a run of its own."
+        )
+    if (method := asked.get("method")) not in (None, "supervised"):
+        raise UsageError(
+            f"a stage learns the classes: `fastidmm pretrain --method {method}` begins a run."
+        )
 
 
 def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

@@ -257,6 +257,12 @@ def test_a_run_is_fine_tuned_on_another_dataset(toy: str, tmp_path: Path) -> Non
     prepare(Folder().open(from_=tmp_path / "photos", seed=0), "other", workers=0, quiet=True)
     settings = {**FIRST, "run.epochs": 1, "run.dataset": "other"}
     stages.pretrain(recipe(epochs=1, num_images=12), "run")
+    told = "is of 'toy', and so are its stages: `fastidmm finetune --dataset other` makes a run"
+    for given in (settings, FIRST):
+        with pytest.raises(UsageError, match=told):
+            stages.finetune(RUN, given, ["run.dataset=other"])
+    with pytest.raises(UsageError, match="learns the classes: `fastidmm pretrain --method dino`"):
+        stages.finetune(RUN, FIRST, ["run.method=dino"])
     found = stages.transfer(RUN, settings, [])
     assert found["run"] == "runs/other_vit_micro_from_run" and found["dataset"] == "other"
     tuned = Record(Path(found["run"]))
