@@ -27,7 +27,8 @@ class Compared:
     folder: Path
     scores: dict[str, Arm]
     budget: dict[str, Any]
-    images: tuple[str, str]  # the dataset, and the fingerprint of its training split
+    images: tuple[str, str, int]  # the dataset, its training split's fingerprint, images of it
+    tested: str | None  # fingerprint of the test split as `evaluate` saw it
     seconds: float
 
     @classmethod
@@ -53,9 +54,25 @@ class Compared:
             folder,
             {**_frozen(evaluation), **_tuned(tuned, evaluation)},
             budget,
-            (run.dataset, started["train_fingerprint"]),
+            (run.dataset, started["train_fingerprint"], started["num_train"]),
+            evaluation.get("test_fingerprint") if evaluation else None,
             sum(float(each.state.get("seconds", 0.0)) for each in everything),
         )
+
+    def beside(self, first: "Compared", name: str) -> tuple[Measure, str]:
+        """A measure of this run and of another; and why they cannot be compared, or ""."""
+        measure = Measure(name, self.scores.get(name), first.scores.get(name))
+        (*ours, num), (*theirs, other) = self.images, first.images
+        if measure.pretrained is None or measure.random is None:
+            return measure, ""
+        if ours != theirs:
+            return measure, "other images"
+        if num != other:
+            return measure, f"trained on {num} and on {other} images"
+        tested = {self.tested, first.tested} - {None}
+        if len(tested) > 1 or measure.pretrained.score.num != measure.random.score.num:
+            return measure, "other test images"
+        return measure, ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -103,9 +120,9 @@ def compare(folders: list[Path]) -> dict[str, Any]:
 
 
 def _claim(name: str, run: Compared, first: Compared) -> dict[str, Any]:
-    measure = Measure(name, run.scores.get(name), first.scores.get(name))
-    if run.images != first.images and measure.outcome != "missing":
-        return {"measure": name, "outcome": "unequal", "points": None, "why": "other images"}
+    measure, why = run.beside(first, name)
+    if why:
+        return {"measure": name, "outcome": "unequal", "points": None, "why": why}
     return {"measure": name, "outcome": measure.outcome, "points": measure.points, "why": ""}
 
 

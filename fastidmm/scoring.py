@@ -55,6 +55,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         "step": record.steps,
         "num_train": len(store),
         "num_test": len(test),
+        "test_fingerprint": test.fingerprint,
         "class_names": test.class_names,
         "scores": scores,
         "evaluations": before + 1,

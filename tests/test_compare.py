@@ -11,6 +11,7 @@ from toy_runs import recipe
 
 from fastidmm import compare, scoring, stages
 from fastidmm.record import Record
+from fastidmm.reporting.beside import others
 
 STAGE = {"run.resolution": 16, "run.epochs": 2, "run.batch_size": 8}
 
@@ -94,6 +95,28 @@ def test_unequal_fine_tuning_and_other_images_are_no_comparison(runs: list[Path]
     found: dict[str, Any] = compare.compare([runs[0], runs[2]])
     claims = {c["why"] for c in found["claims"] if c["outcome"] != "missing"}
     assert claims == {"other images"} and "not comparable: other images" in compare.as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"num_train": 12}, "trained on 12 and on 20 images"),
+        ({"test_fingerprint": "other"}, "other test images"),
+        ({"test_fingerprint": None}, ""),  # of a version that kept none
+    ],
+)
+def test_the_same_images_are_as_many_and_tested_on_the_same(
+    runs: list[Path], changes: dict[str, Any], why: str
+) -> None:
+    scoring.evaluate(runs[1])
+    kept = "environment.json" if "num_train" in changes else scoring.EVALUATION
+    path = runs[1] / kept
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    found = compare.compare(runs[:2])
+    assert len(found["claims"]) == 3 and {c["why"] for c in found["claims"]} == {why}
+    two = [row for row in others(runs[0]).rows if row.name == "two"]
+    assert len(two) == ("num_train" not in changes)  # the report has runs on the same images only
+    assert {cell.why for row in two for cell in row.cells if cell} == ({why} if two else set())
 
 
 def test_the_command_prints_a_column_a_run(typed: Type, runs: list[Path]) -> None:

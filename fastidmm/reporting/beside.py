@@ -9,7 +9,7 @@ from fastidmm import checkpoint
 from fastidmm.compare import Compared
 from fastidmm.forecast import kept
 from fastidmm.record import RECIPE, Record
-from fastidmm.reporting.claims import Arm, Measure, Outcome
+from fastidmm.reporting.claims import Arm, Outcome
 from fastidmm.reporting.commands import Stage
 
 MOST_RUNS = 20
@@ -22,6 +22,7 @@ class Cell:
 
     arm: Arm
     outcome: Outcome
+    why: str  # not comparable, beyond unequal epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,8 @@ def _row(
     cells = []
     for name in names:
         arm = other.scores.get(name)
-        outcome = Measure(name, arm, this.scores.get(name)).outcome
-        cells.append(Cell(arm, outcome) if arm else None)
+        measure, why = other.beside(this, name)
+        cells.append(Cell(arm, "unequal" if why else measure.outcome, why) if arm else None)
     return Other(
         name=other.folder.name,
         what=f"{recipe.backbone}, {recipe.method}",
