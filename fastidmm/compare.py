@@ -7,7 +7,7 @@ from typing import Any
 from fastidmm.errors import UsageError
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.reporting.claims import FINETUNED, Arm, Measure, measures, percent
-from fastidmm.scoring import kept, scored
+from fastidmm.scoring import current, scored
 from fastidmm.stages import summary
 
 VERDICTS = {
@@ -38,7 +38,7 @@ class Compared:
             raise UsageError(f"{folder} is a stage; name its run: {folder.parent}.")
         record = Record(folder)
         run, started = record.recipe.run, record.environment()
-        evaluation = kept(folder)
+        evaluation = current(folder)
         learnt = [record] if run.method == "supervised" else []
         learnt += [stage for stage in map(Record, stages(folder)) if stage.pretrained]
         learnt = [stage for stage in learnt if stage.finished]

@@ -18,7 +18,7 @@ from fastidmm.preparing.files import naming, write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, newest_weights, stages
-from fastidmm.reporting.claims import ARMS, FINETUNED
+from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 
 EVALUATION = "evaluation.json"
@@ -40,15 +40,16 @@ def evaluate(run: Path) -> dict[str, Any]:
         "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
         "random": frozen_scores(recipe, None, store, test),
     }
-    learnt = [run] if recipe.run.method == "supervised" else []
-    for folder in (*learnt, *stages(run)):
-        stage = Record(folder)
+    newest = newest_stages(run)
+    for stage in classifiers(run):
         stage.check()
+        arm, key = place_of(stage)
         if not stage.finished:
             say(f"not scored: {stage.unfinished}")
-            continue
-        key = f"{FINETUNED}{stage.resolution}"
-        scores["pretrained" if stage.pretrained else "random"][key] = stage_scores(stage, test)
+        elif (last := newest[arm, key].folder) != stage.folder:
+            say(f"not scored: {stage.folder}, since {last} is newer and of the same resolution.")
+        else:
+            scores[arm][key] = stage_scores(stage, test)
     found = {
         "run": str(run),
         "dataset": recipe.run.dataset,
@@ -63,6 +64,22 @@ def evaluate(run: Path) -> dict[str, Any]:
     with naming(run / EVALUATION):
         write_whole(run / EVALUATION, json.dumps(found))
     return found
+
+
+def classifiers(run: Path) -> list[Record]:
+    """What of a run has learnt classes: itself, if by labels, and its stages, oldest first."""
+    return [r for r in map(Record, (run, *stages(run))) if r.recipe.run.method == "supervised"]
+
+
+def place_of(stage: Record) -> tuple[str, str]:
+    """The arm that a classifier's score is of, and its key there."""
+    arm = "pretrained" if stage.pretrained else "random"
+    return arm, f"{FINETUNED}{stage.resolution}"
+
+
+def newest_stages(run: Path) -> dict[tuple[str, str], Record]:
+    """The finished classifiers that count, the newest of each arm and resolution."""
+    return {place_of(stage): stage for stage in classifiers(run) if stage.finished}
 
 
 def kept(run: Path) -> dict[str, Any] | None:
@@ -81,9 +98,23 @@ def kept(run: Path) -> dict[str, Any] | None:
     return found
 
 
+def current(run: Path) -> dict[str, Any] | None:
+    """What `evaluate` has kept of weights that still count: others were made since."""
+    found = kept(run)
+    if found is None:
+        return None
+    scores = {arm: dict(cells) for arm, cells in found["scores"].items()}
+    if found.get("step") != Record(run).steps:
+        scores["pretrained"] = {k: c for k, c in scores["pretrained"].items() if k not in FROZEN}
+    for (arm, key), stage in newest_stages(run).items():
+        if key in scores[arm] and scored(stage, found) != (arm, scores[arm][key]):
+            del scores[arm][key]
+    return {**found, "scores": scores}
+
+
 def scored(stage: Record, evaluation: dict[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
     """A stage's arm and cell in an evaluation, if that is of the checkpoint that counts now."""
-    key = f"{FINETUNED}{stage.resolution}"
+    _, key = place_of(stage)
     own = stage.folder.name, checkpoint.step_of(stage.result)
     for arm, cells in evaluation["scores"].items() if evaluation else ():
         cell: dict[str, Any] = cells.get(key, {})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_cli import Type, sentence
 from test_cli import typed as typed
-from toy_runs import FIRST, HIGH, RUN, recipe
+from toy_runs import FIRST, HIGH, RUN, Killed, kill_before_update, recipe
 
 from fastidmm import runs, scoring, stages
 from fastidmm.compare import Compared
@@ -17,6 +17,7 @@ from fastidmm.evaluate import Score
 from fastidmm.preparing.prepare import prepare
 from fastidmm.record import Record
 from fastidmm.reporting.beside import others
+from fastidmm.reporting.report import remaining, write
 
 ONE: dict[str, Any] = {**FIRST, "run.epochs": 1}
 
@@ -98,3 +99,42 @@ def test_with_images_held_out_a_run_has_the_scores_that_evaluate_found(toy: str)
     evaluation["scores"]["pretrained"]["finetuned_16"]["step"] += 1  # of other weights
     (RUN / scoring.EVALUATION).write_text(json.dumps(evaluation))
     assert measure not in Compared.of(RUN).scores
+
+
+def test_scores_of_weights_trained_on_since_are_none_of_the_run_s(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated when two of its three epochs were made; then gone on with."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 7)
+        stages.pretrain(recipe(epochs=3), "run")
+    before = scoring.evaluate(RUN)
+    assert before["step"] == 6 and scoring.current(RUN) == scoring.kept(RUN)
+    stages.resume(RUN)
+    found = scoring.current(RUN)
+    assert found is not None and found["scores"] == {**before["scores"], "pretrained": {}}
+    assert not Compared.of(RUN).scores
+    page = write(RUN).read_text()
+    assert "trained on since it was scored" in page and "has not been compared" in page
+    assert remaining(RUN)[-2] == "fastidmm evaluate --run run"
+
+
+def test_of_stages_alike_the_newest_is_scored_and_said(
+    toy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.pretrain(recipe(epochs=1), "run")
+    for _ in range(2):
+        stages.finetune(RUN, ONE, [])
+    stages.finetune(RUN, ONE, [], pretrained=False)
+    capsys.readouterr()
+    scoring.evaluate(RUN)
+    told = "not scored: runs/run/finetune-16, since runs/run/finetune-16-2 is newer"
+    assert [told in line for line in capsys.readouterr().err.splitlines()].count(True) == 1
+    page = write(RUN).read_text()
+    assert "1 epoch, finetune-16-2<" in page and "1 epoch, scratch-16<" in page
+    assert "fastidmm evaluate --run run" not in remaining(RUN)
+    stages.finetune(RUN, ONE, [])
+    found = scoring.current(RUN)
+    assert found is not None and "finetuned_16" not in found["scores"]["pretrained"]
+    assert "finetuned_16" in found["scores"]["random"]
+    assert "fastidmm evaluate --run run" in remaining(RUN)

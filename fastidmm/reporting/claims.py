@@ -23,6 +23,7 @@ class Arm:
     score: Score
     epochs: int = 0
     best: dict[str, Any] | None = None  # the highest of the test scores while it learnt
+    stage: str = ""  # that was fine-tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _arm(value: dict[str, Any] | None) -> Arm | None:
     if value is None:
         return None
     score = Score(value["correct"], value["num"])
-    return Arm(score, value.get("epochs", 0), value.get("best"))
+    return Arm(score, value.get("epochs", 0), value.get("best"), value.get("stage", ""))
 
 
 def verdict(found: Sequence[Measure], *, num_train: int, num_test: int) -> str:

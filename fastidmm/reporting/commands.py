@@ -11,6 +11,8 @@ from typing import Any
 from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import RECIPE, Record
+from fastidmm.reporting.claims import FROZEN
+from fastidmm.scoring import place_of
 from fastidmm.stages import finetune_tables, flags_in_proportion, high_tables
 
 FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
@@ -62,12 +64,12 @@ class Stage:
     @property
     def arm(self) -> str:
         """Which side of the comparison it is on."""
-        return "pretrained" if self.record.pretrained else "random"
+        return place_of(self.record)[0]
 
     @property
     def score_name(self) -> str:
         """What an evaluation calls its score."""
-        return f"finetuned_{self.record.recipe.run.resolution}"
+        return place_of(self.record)[1]
 
 
 def missing(
@@ -96,8 +98,10 @@ def missing(
     steps += _missing_high(run, first, tuned)
     if scores is None:
         steps.append(("not scored on the test images", f"fastidmm evaluate --run {name}"))
-    elif any(stage.score_name not in scores[stage.arm] for stage in tuned):
-        steps.append(("fine-tuned since it was scored", f"fastidmm evaluate --run {name}"))
+    elif any(key not in scores["pretrained"] for key in FROZEN) or any(
+        stage.score_name not in scores[stage.arm] for stage in tuned
+    ):
+        steps.append(("trained on since it was scored", f"fastidmm evaluate --run {name}"))
     return steps
 
 

@@ -25,8 +25,10 @@ class Mistakes:
 
 
 def mistakes(evaluation: dict[str, Any]) -> Mistakes | None:
-    """Of the last measure of the pretrained arm; None where evaluation was by an older version."""
+    """Of the last measure of the pretrained arm; None where there is none such."""
     names, scores = evaluation.get("class_names"), evaluation["scores"]
+    if not scores["pretrained"]:
+        return None
     key = list(scores["pretrained"])[-1]
     arms = [scores[arm].get(key) for arm in ARMS]
     if not names or any(arm and not arm.get("per_class") for arm in arms):

@@ -19,7 +19,7 @@ from fastidmm.reporting.dataset import Data, data_of
 from fastidmm.reporting.inside import Inside, inside
 from fastidmm.reporting.mistakes import mistakes
 from fastidmm.reporting.pictures import Shown, shown
-from fastidmm.scoring import kept, looks
+from fastidmm.scoring import current, looks
 
 REPORT = "report.html"
 
@@ -42,7 +42,7 @@ class Page:
     def _facts(self, *, live: bool) -> dict[str, Any]:
         """All that the template shows."""
         stage = Stage(Record(self.run))
-        data, evaluation = data_of(stage), kept(self.run)
+        data, evaluation = data_of(stage), current(self.run)
         tuned = [Stage(Record(folder)) for folder in stages(self.run)]
         scores = evaluation["scores"] if evaluation else None
         first_step = (max(stage.epoch, 1) - 1) * stage.steps_per_epoch
@@ -101,7 +101,7 @@ def remaining(run: Path) -> list[str]:
     """The commands that bring what a run lacks, in their order; its report is the last."""
     stage = Stage(Record(run))
     tuned = [Stage(Record(folder)) for folder in stages(run)]
-    evaluation, scorable = kept(run), data_of(stage).scorable
+    evaluation, scorable = current(run), data_of(stage).scorable
     steps = missing(stage, tuned, evaluation["scores"] if evaluation else None, scorable=scorable)
     return [*(command for _, command in steps if command), f"fastidmm report --run {argument(run)}"]
 
