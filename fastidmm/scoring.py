@@ -17,7 +17,7 @@ from fastidmm.machine import dtype_of, set_up
 from fastidmm.preparing.files import naming, write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import Record, newest_weights, stages
+from fastidmm.record import RECIPE, Record, newest_weights, stages
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 
@@ -27,6 +27,10 @@ SHOWN_CLASSES = 5
 
 def evaluate(run: Path) -> dict[str, Any]:
     """Score a run and its stages on the test split, beside random weights; kept in the folder."""
+    if (run.parent / RECIPE).exists():
+        raise UsageError(
+            f"{run} is a stage, scored with its run: `fastidmm evaluate --run {run.parent}`."
+        )
     record = Record(run)
     record.check()
     recipe = record.recipe

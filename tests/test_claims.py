@@ -60,7 +60,7 @@ def scores(**arms: tuple[int, int]) -> dict[str, Any]:
     ],
 )
 def test_the_verdict_claims_what_a_test_allows(found: dict[str, Any], expected: str) -> None:
-    said = verdict(measures(found), num_train=400, num_test=1000)
+    said = verdict(measures(found), "Pretraining on these 400 images", num_test=1000)
     assert said.replace("\N{NO-BREAK SPACE}", " ") == expected
 
 
@@ -69,4 +69,6 @@ def test_unequal_fine_tunings_are_not_compared() -> None:
     found["pretrained"]["finetuned_48"]["epochs"] = 200
     found["random"]["finetuned_48"]["epochs"] = 100
     assert [m.outcome for m in measures(found)] == ["open", "missing", "unequal"]
-    assert "fine-tuned" not in verdict(measures(found), num_train=400, num_test=1000)
+    assert "fine-tuned" not in verdict(
+        measures(found), "Pretraining on these 400 images", num_test=1000
+    )

@@ -161,7 +161,9 @@ def test_looks_at_the_test_images_are_told(run: Path, page: str, copy: Path) -> 
 
 def test_the_verdict_comes_first(run: Path, page: str) -> None:
     evaluation = json.loads((run / scoring.EVALUATION).read_text())
-    expected = verdict(measures(evaluation["scores"]), num_train=20, num_test=NUM_TEST)
+    expected = verdict(
+        measures(evaluation["scores"]), "Pretraining on these 20 images", num_test=NUM_TEST
+    )
     assert unescape(re.findall(r"<h1>(.*?)</h1>", page)[0]) == expected
     assert "vit_micro, idmm, 2 epochs on 20 images at 16 px" in text(page)
     assert "One seed (0)" in text(page)

@@ -138,3 +138,39 @@ def test_of_stages_alike_the_newest_is_scored_and_said(
     assert found is not None and "finetuned_16" not in found["scores"]["pretrained"]
     assert "finetuned_16" in found["scores"]["random"]
     assert "fastidmm evaluate --run run" in remaining(RUN)
+
+
+def test_of_a_run_that_began_with_another_s_weights_no_pretraining_is_claimed(
+    typed: Type, toy: str
+) -> None:
+    """Nor is it asked for stages; what its weights brought is told beside random ones."""
+    prepare_drawn(0)
+    stages.pretrain(recipe(epochs=1), "run")
+    tuned = Path(stages.transfer(RUN, {**ONE, "run.dataset": "drawn"}, [])["run"])
+    assert remaining(tuned)[0] == f"fastidmm evaluate --run {tuned.name}"
+    scoring.evaluate(tuned)
+    assert remaining(tuned) == [f"fastidmm report --run {tuned.name}"]
+    told = "Beginning with run&#39;s weights has not been compared with random initialisation"
+    page = write(tuned).read_text()
+    assert told in page and "frozen features" not in page and "This pretraining" not in page
+    assert "not fine-tuned" not in page and "fine-tuned accuracy at 16 px" in page
+    stages.finetune(tuned, ONE, [], pretrained=False)
+    scoring.evaluate(tuned)
+    assert (
+        "<h1>Beginning with run&#39;s weights made no difference that" in write(tuned).read_text()
+    )
+    stages.pretrain(recipe(epochs=1, method="supervised"), "plain")
+    scoring.evaluate(Path("runs/plain"))
+    assert "there is no pretraining to tell of" in write(Path("runs/plain")).read_text()
+
+
+def test_a_stage_is_scored_with_its_run_and_resumed_to_its_run_s_next_step(
+    typed: Type, toy: str
+) -> None:
+    stages.pretrain(recipe(epochs=1), "run")
+    stages.finetune(RUN, ONE, [])
+    status, _, err = typed("evaluate", "runs/run/finetune-16")
+    told = "is a stage, scored with its run: `fastidmm evaluate --run runs/run`."
+    assert status == 2 and told in sentence(err)
+    status, out, _ = typed("resume", "runs/run/finetune-16")
+    assert status == 0 and [f"next: {line}" for line in remaining(RUN)] == out.splitlines()[1:]

@@ -64,9 +64,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
-def measures(scores: dict[str, Any]) -> list[Measure]:
-    """All measures of an evaluation; fine-tuning has a row even where it was not run."""
-    keys = dict.fromkeys([*FROZEN, *(key for arm in ARMS for key in scores.get(arm, {}))])
+def measures(scores: dict[str, Any], *, frozen: bool = True) -> list[Measure]:
+    """The measures of an evaluation; fine-tuning has a row even where it was not run.
+
+    Without `frozen`: of a run that learnt classes, whose features tell nothing of pretraining.
+    """
+    keys = dict.fromkeys(
+        [
+            *(FROZEN if frozen else ()),
+            *(key for arm in ARMS for key in scores.get(arm, {}) if frozen or key not in FROZEN),
+        ]
+    )
     found = [
         Measure(title(key), *(_arm(scores.get(arm, {}).get(key)) for arm in ARMS)) for key in keys
     ]
@@ -89,10 +97,9 @@ def _arm(value: dict[str, Any] | None) -> Arm | None:
     return Arm(score, value.get("epochs", 0), value.get("best"), value.get("stage", ""))
 
 
-def verdict(found: Sequence[Measure], *, num_train: int, num_test: int) -> str:
-    """One sentence on what pretraining did, as far as the test images can tell."""
+def verdict(found: Sequence[Measure], cause: str, *, num_test: int) -> str:
+    """One sentence on what `cause`, as pretraining, did, as far as the test images can tell."""
     kinds = {kind: [m for m in found if m.outcome == kind] for kind in ("higher", "lower", "open")}
-    pretraining = f"Pretraining on these {num_train:,} images"
     verbs = {"higher": "lifted", "lower": "lowered"}
     clear = " and ".join(
         f"{verb} {_listed([_change(m) for m in kinds[kind]])}"
@@ -101,15 +108,15 @@ def verdict(found: Sequence[Measure], *, num_train: int, num_test: int) -> str:
     )
     alike = _listed([_beside(m) for m in kinds["open"]])
     if clear and alike:
-        return f"{pretraining} {clear}; for {alike} no difference can be claimed."
+        return f"{cause} {clear}; for {alike} no difference can be claimed."
     if clear:
-        return f"{pretraining} {clear}."
+        return f"{cause} {clear}."
     if alike:
         return (
-            f"{pretraining} made no difference that {num_test:,} test images can show: for {alike} "
+            f"{cause} made no difference that {num_test:,} test images can show: for {alike} "
             "no difference can be claimed."
         )
-    return f"{pretraining} has not been compared with random initialisation on equal terms yet."
+    return f"{cause} has not been compared with random initialisation on equal terms yet."
 
 
 def _change(measure: Measure) -> str:

@@ -86,6 +86,21 @@ def missing(
                 steps.append((f"{stage.name} stands {where}", f"fastidmm resume {name}"))
     if not scorable:
         return steps
+    # A run that learnt the classes itself needs no stage for it.
+    classes = run.record.recipe.run.method == "supervised"
+    steps += [] if classes else _missing_stages(run, tuned)
+    if scores is None:
+        steps.append(("not scored on the test images", f"fastidmm evaluate --run {name}"))
+    elif any(key not in scores["pretrained"] for key in FROZEN) or any(
+        stage.score_name not in scores[stage.arm] for stage in ((run, *tuned) if classes else tuned)
+    ):
+        steps.append(("trained on since it was scored", f"fastidmm evaluate --run {name}"))
+    return steps
+
+
+def _missing_stages(run: Stage, tuned: Sequence[Stage]) -> list[tuple[str, str]]:
+    """The fine-tunings that a run lacks, each with its command."""
+    name, steps = argument(run.record.folder), []
     first = [stage for stage in tuned if not stage.record.recipe.run.init_head]
     like = _flags(first[-1]) if first else flags_in_proportion(run.record.recipe)
     for arm, start, scratch in (
@@ -95,14 +110,7 @@ def missing(
         if not any(stage.arm == arm for stage in tuned):
             words = ["fastidmm finetune --run", name, *like, *scratch]
             steps.append((f"not fine-tuned from {start}", " ".join(words)))
-    steps += _missing_high(run, first, tuned)
-    if scores is None:
-        steps.append(("not scored on the test images", f"fastidmm evaluate --run {name}"))
-    elif any(key not in scores["pretrained"] for key in FROZEN) or any(
-        stage.score_name not in scores[stage.arm] for stage in tuned
-    ):
-        steps.append(("trained on since it was scored", f"fastidmm evaluate --run {name}"))
-    return steps
+    return steps + _missing_high(run, first, tuned)
 
 
 def _missing_high(

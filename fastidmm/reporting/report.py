@@ -45,19 +45,21 @@ class Page:
         data, evaluation = data_of(stage), current(self.run)
         tuned = [Stage(Record(folder)) for folder in stages(self.run)]
         scores = evaluation["scores"] if evaluation else None
+        method = stage.record.recipe.run.method
+        classes = method == "supervised"
         first_step = (max(stage.epoch, 1) - 1) * stage.steps_per_epoch
         images, no_images = _images(stage, data, first_step)
         seen, unseen = self._seen(stage, data, live=live)
         return {
             "stage": stage,
             "run": stage.record.recipe.run,
-            "learns_labels": find("method", stage.record.recipe.run.method).needs_labels,
+            "learns_labels": find("method", method).needs_labels and not classes,
             "data": data,
             "evaluation": evaluation,
-            "measures": measures(scores) if scores else [],
+            "measures": measures(scores, frozen=not classes) if scores else [],
             "mistakes": mistakes(evaluation) if evaluation else None,
             "looks": looks(self.run),
-            "verdict": _verdict(data, evaluation),
+            "verdict": _verdict(stage, data, evaluation),
             "missing": missing(stage, tuned, scores, scorable=data.scorable),
             "taken": taken([stage, *tuned]),
             "others": others(self.run),
@@ -98,7 +100,8 @@ def write(run: Path) -> Path:
 
 
 def remaining(run: Path) -> list[str]:
-    """The commands that bring what a run lacks, in their order; its report is the last."""
+    """The commands that bring what a run, or a stage's, lacks; its report is the last."""
+    run = run.parent if (run.parent / RECIPE).exists() else run
     stage = Stage(Record(run))
     tuned = [Stage(Record(folder)) for folder in stages(run)]
     evaluation, scorable = current(run), data_of(stage).scorable
@@ -119,11 +122,18 @@ def _template() -> Template:
     return pages.get_template("report.html.j2")
 
 
-def _verdict(data: Data, evaluation: dict[str, Any] | None) -> str:
+def _verdict(stage: Stage, data: Data, evaluation: dict[str, Any] | None) -> str:
     """The first sentence of the page."""
+    classes = stage.record.recipe.run.method == "supervised"
+    if classes and not stage.record.recipe.run.init:
+        return "Trained from random weights: there is no pretraining to tell of."
     if evaluation:
-        found = measures(evaluation["scores"])
-        return verdict(found, num_train=evaluation["num_train"], num_test=evaluation["num_test"])
+        cause = f"Pretraining on these {evaluation['num_train']:,} images"
+        if classes:
+            start = stage.record.init
+            cause = f"Beginning with {start.parent.parent.name if start else 'timm'}'s weights"
+        found = measures(evaluation["scores"], frozen=not classes)
+        return verdict(found, cause, num_test=evaluation["num_test"])
     if data.scorable:
         return "Not evaluated yet: nothing can be said of what pretraining did."
     lack = "a test split" if data.learnable else "labels of at least two classes"
