@@ -110,9 +110,9 @@ class Run:
         stages.resume(self.folder)
         return self
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, *, device: str | None = None) -> dict[str, Any]:
         """Score it and its stages on the test split, beside random weights; kept in its folder."""
-        return scoring.evaluate(self.folder)
+        return scoring.evaluate(self.folder, device)
 
     def report(self) -> Path:
         """Write report.html; where it is."""

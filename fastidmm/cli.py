@@ -207,14 +207,19 @@ def finetune(
 
 
 @app.command()
-def evaluate(named: RunArgument = None, run: RunOption = None, as_json: JsonOption = False) -> None:
+def evaluate(
+    named: RunArgument = None,
+    run: RunOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Score a run on the test split, beside random weights.
 
     Example: fastidmm evaluate
     """
     from fastidmm import scoring
 
-    found = scoring.evaluate(chosen_run(named or run))
+    found = scoring.evaluate(chosen_run(named or run), device)
     answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 

@@ -25,8 +25,11 @@ EVALUATION = "evaluation.json"
 SHOWN_CLASSES = 5
 
 
-def evaluate(run: Path) -> dict[str, Any]:
-    """Score a run and its stages on the test split, beside random weights; kept in the folder."""
+def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
+    """Score a run and its stages on the test split, beside random weights; kept in the folder.
+
+    On the device it was trained on, or another.
+    """
     if (run.parent / RECIPE).exists():
         raise UsageError(
             f"{run} is a stage, scored with its run: `fastidmm evaluate --run {run.parent}`."
@@ -38,8 +41,8 @@ def evaluate(run: Path) -> dict[str, Any]:
     for each in (record, *map(Record, stages(run))):
         same_images(each, store.fingerprint)
     before = _evaluations(run)
-    device = set_up(recipe.run.device, exact=recipe.run.exact)
-    store, test = within_reach(store, device), within_reach(test, device)
+    place = set_up(device or recipe.run.device, exact=recipe.run.exact)
+    store, test = within_reach(store, place), within_reach(test, place)
     scores: dict[str, Any] = {
         "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
         "random": frozen_scores(recipe, None, store, test),

@@ -174,3 +174,19 @@ def test_a_stage_is_scored_with_its_run_and_resumed_to_its_run_s_next_step(
     assert status == 2 and told in sentence(err)
     status, out, _ = typed("resume", "runs/run/finetune-16")
     assert status == 0 and [f"next: {line}" for line in remaining(RUN)] == out.splitlines()[1:]
+
+
+def test_a_run_of_another_device_is_scored_on_this_one(
+    typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.pretrain(recipe(epochs=1), "run")
+    stages.finetune(RUN, ONE, [])
+    first = scoring.evaluate(RUN)["scores"]
+    for path in (RUN / "recipe.toml", RUN / "finetune-16" / "recipe.toml"):
+        own = path.read_text()
+        path.write_text(own.replace('device = "auto"', 'device = "cuda:7"'))
+        assert path.read_text() != own
+    monkeypatch.setattr(Record, "check", lambda self: None)  # it would tell that these were changed
+    assert typed("evaluate", "run")[0] == 2
+    status, out, _ = typed("evaluate", "run", "--device", "cpu", "--json")
+    assert status == 0 and json.loads(out)["scores"] == first
