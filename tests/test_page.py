@@ -361,6 +361,7 @@ def test_read_live_it_renews_itself_and_looks_at_no_image_before_the_end(copy: P
     whole = live.text(renew=5)
     assert '<meta http-equiv="refresh" content="5">' in whole and "Worst fitted" in whole
     (copy / METRICS).write_text(lines[0])
+    shutil.rmtree(Record(copy).result)
     part = live.text(renew=5)
     assert "looked at once this run is finished" in part and "Worst fitted" not in part
     assert 'http-equiv="refresh"' not in live.text()

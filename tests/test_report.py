@@ -272,6 +272,7 @@ def test_a_run_that_is_not_finished_or_scored_says_so(copy: Path) -> None:
     shutil.rmtree(copy / "scratch-16")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text(lines[0])
+    shutil.rmtree(Record(copy).result)
     seen = text(write(copy).read_text())
     assert "Not evaluated yet: nothing can be said of what pretraining did." in seen
     assert "epoch 1 of 2 (not finished)" in seen
@@ -279,6 +280,13 @@ def test_a_run_that_is_not_finished_or_scored_says_so(copy: Path) -> None:
     assert f"finetune --run {copy} --resolution 16 --epochs 2 --batch-size 10 --scratch" in seen
     assert f"fastidmm evaluate --run {copy}" in seen
     assert [path.name for path in copy.glob(".*")] == [".lock"]
+
+
+def test_a_run_whose_metric_lines_are_lost_is_finished_all_the_same(copy: Path) -> None:
+    (copy / "metrics.jsonl").unlink()
+    seen = text(write(copy).read_text())
+    assert "vit_micro, idmm, 2 epochs on 20 images" in seen and "stands at epoch" not in seen
+    assert "fastidmm resume" not in seen and "copy random weights 2 of 2" in seen
 
 
 def test_a_stage_that_was_not_run_is_a_gap_in_the_table(copy: Path) -> None:

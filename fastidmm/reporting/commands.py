@@ -47,19 +47,18 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Steps made, as far as they were logged."""
-        return int(self.lines[-1]["step"]) if self.lines else 0
+        """Steps made, up to the newest checkpoint or, while it goes on, metric line."""
+        return max(self.record.steps, int(self.lines[-1]["step"]) if self.lines else 0)
 
     @property
     def epoch(self) -> int:
         """The epoch it stands in, from 1 on; 0 before the first step."""
-        return int(self.lines[-1]["epoch"]) if self.lines else 0
+        return -(-self.steps // self.steps_per_epoch)
 
-    @property
+    @cached_property
     def finished(self) -> bool:
-        """Whether all steps were made."""
-        every_step = self.record.recipe.run.epochs * self.steps_per_epoch
-        return self.steps == every_step or self.record.state.get("ended", False)
+        """Whether all steps are made and kept, whatever became of their metric lines."""
+        return self.record.finished
 
     @property
     def arm(self) -> str:
