@@ -27,8 +27,9 @@ def _row(folder: Path) -> dict[str, Any]:
         state = ", ".join([_state(record), *(f"{s.folder.name} at {_state(s)}" for s in begun)])
         looks = [line for line in record.metrics() if line.keys() & set(LOOKED)]
         compared = Compared.of(folder)
-    except FastidmmError as problem:
-        return {"run": folder.name, "state": f"broken: {problem}"}
+    except Exception as problem:  # whatever lies in one folder, it costs the others nothing
+        kind = "" if isinstance(problem, FastidmmError) else f"{type(problem).__name__}: "
+        return {"run": folder.name, "state": f"broken: {kind}{problem}"}
     tuned = {name: arm.score for name, arm in compared.scores.items() if arm.epochs}
     return {
         "run": folder.name,

@@ -86,5 +86,27 @@ def test_what_sets_two_apart(three: None, typed: Type) -> None:
     assert status == 2 and "no run at runs/two" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("environment.json", "{}", "broken: KeyError: 'num_train'"),
+        ("evaluation.json", "[]", "broken: runs/half/evaluation.json cannot be read"),
+        ("metrics.jsonl", None, "broken: IsADirectoryError: "),
+    ],
+)
+def test_one_odd_folder_costs_the_others_nothing(
+    three: None, typed: Type, name: str, text: str | None, told: str
+) -> None:
+    path = Path("runs/half") / name
+    if text is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(text)
+    one, half, _ = runs.listed()
+    assert one["state"] == "finished" and half["state"].startswith(told)
+    assert typed("runs", "list")[0] == 0 and typed("runs", "best", "toy")[0] == 0
+
+
 def test_nothing_yet(typed: Type, home: Path) -> None:
     assert typed("runs", "list")[1] == "no runs in ./runs yet: begin with `fastidmm pretrain`\n"
