@@ -191,13 +191,18 @@ def check_finite(*found: Tensor) -> None:
         )
 
 
-def score(found: Tensor, labels: Tensor, *, top: int = 1) -> Score:
-    """How often the right class is among the `top` of (M, classes) logits or votes."""
+def score(found: Tensor, labels: Tensor, *, top: int = 1, votes: bool = False) -> Score:
+    """How often the right class is among the `top` of (M, classes) logits or votes.
+
+    A class without any of the `votes` was not named, though it be among as many.
+    """
     right = found.topk(top, dim=1).indices == labels[:, None]
+    if votes:
+        right &= found.gather(1, labels[:, None]) > 0
     return Score(correct=int(right.sum()), num=labels.numel())
 
 
-def measured(found: Tensor, labels: Tensor) -> dict[str, Any]:
+def measured(found: Tensor, labels: Tensor, *, votes: bool = False) -> dict[str, Any]:
     """All there is to say of (M, classes) logits or votes, for JSON.
 
     Top-1 with its interval; top-5, where there are more classes than that; right answers and
@@ -211,7 +216,7 @@ def measured(found: Tensor, labels: Tensor) -> dict[str, Any]:
     pairs = sorted(wrong.nonzero().tolist(), key=lambda pair: -int(wrong[pair[0], pair[1]]))
     return {
         **score(found, labels).as_dict(),
-        "top5": score(found, labels, top=5).as_dict() if num_classes > 5 else None,
+        "top5": score(found, labels, top=5, votes=votes).as_dict() if num_classes > 5 else None,
         "per_class": torch.stack((table.diagonal(), table.sum(dim=1)), dim=1).tolist(),
         "confusion": [[true, other, int(wrong[true, other])] for true, other in pairs],
     }

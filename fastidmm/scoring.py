@@ -182,7 +182,10 @@ def frozen_scores(
     )
     near = knn(known, store.label, asked, store.num_classes)
     probed = linear_probe(known, store.label, asked, store.num_classes)
-    return {"knn": measured(near, test.label), "linear_probe": measured(probed, test.label)}
+    return {
+        "knn": measured(near, test.label, votes=True),
+        "linear_probe": measured(probed, test.label),
+    }
 
 
 def stage_scores(stage: Record, test: Store) -> dict[str, Any]:

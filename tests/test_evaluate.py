@@ -145,6 +145,15 @@ def test_the_linear_probe_survives_features_without_spread() -> None:
     assert score(linear_probe(train, labels, train, 3), labels).value == 1
 
 
+def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
+    """Of seven classes one has a vote: the four beside it in a list are there by chance."""
+    votes, labels = torch.zeros(7, 7), torch.arange(7)
+    votes[:, 3] = 0.5
+    found = measured(votes, labels, votes=True)
+    assert found["correct"] == found["top5"]["correct"] == 1
+    assert measured(votes, labels)["top5"]["correct"] == 5  # as logits may be 0
+
+
 def test_what_is_not_finite_is_not_scored() -> None:
     train, labels = clusters(60, 4, 3, 1, 0.1)
     bad = train.clone()
