@@ -110,7 +110,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "back to the same pictures": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("parts.state.attempt = parts.counters.attempt = seen.attempt + 1", "parts.state.attempt = seen.attempt + 1")]),
     "never back": ((TRAIN, "train::test_a_second_goes_back_and_meets_other_pictures"), [("if state.strikes >= 2:", "if state.strikes >= 200:")]),
     "skipped steps forgotten": ((TRAIN, "train::test_a_skip_before_a_signal_is_not_forgotten"), [("            state.skipped = float(skipped_since)\n", "")]),
-    "another dataset gone on with": ((ASSEMBLE, "train::test_a_dataset_prepared_anew_is_noticed"), [('if store.fingerprint != record.environment()["train_fingerprint"]', "if not store.fingerprint")]),
+    "another dataset gone on with": ((ASSEMBLE, "train::test_a_dataset_prepared_anew_is_noticed"), [('if fingerprint != record.environment()["train_fingerprint"]', "if not fingerprint")]),
     # Measuring.
     "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("store.num_classes, own=True, ", "store.num_classes, ")]),
     "own neighbours beyond the first part": ((EVALUATE, "evaluate::test_leaving_one_out_crosses_chunks"), [("similar[place, start + place]", "similar[place, place]")]),
