@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 from synthetic import photograph, small_store, store_of
 from torch import Tensor, nn
+from torch.nn.functional import normalize, one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_runs import recipe
 
 from fastidmm.assemble import assemble, training_rows
@@ -70,6 +73,41 @@ def test_knn_is_the_naive_one(num: int) -> None:
     assert knn(train, labels, test, 5).argmax(dim=1).tolist() == naive_knn(train, labels, test, 5)
     left_out = knn(train, labels, train, 5, own=True).argmax(dim=1)
     assert left_out.tolist() == naive_knn(train, labels, train, 5, own=True)
+
+
+def test_the_memory_of_a_vote_does_not_grow_with_the_bank() -> None:
+    """Votes are as by a table of every image's class, to the bit, and no such table is made."""
+    train, labels = clusters(3000, 6, 50, 1, 2.0)
+    test, _ = clusters(40, 6, 50, 2, 2.0)
+    similar, rows = (normalize(test, dim=1) @ normalize(train, dim=1).T).topk(20, dim=1)
+    weights = torch.exp((similar - 1) / 0.07)[..., None]
+    expected = (one_hot(labels, 50).float()[rows] * weights).sum(dim=1)
+    with Watched() as watched:
+        assert torch.equal(knn(train, labels, test, 50), expected)
+    assert watched.largest < 3000 * 50
+
+
+def test_confusions_are_read_at_once() -> None:
+    """A GPU would be waited for at each number."""
+    logits, labels = torch.eye(30)[torch.arange(30).roll(1)], torch.arange(30)
+    with Watched() as watched:
+        assert len(measured(logits, labels)["confusion"]) == 30
+    assert watched.asked < 10
+
+
+class Watched(TorchDispatchMode):
+    """The most numbers in one tensor that an operation makes, and single ones asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = self.asked = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.largest = max(self.largest, made.numel())
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        return made
 
 
 def test_leaving_one_out_crosses_chunks() -> None:

@@ -184,6 +184,16 @@ def test_frozen_features_are_judged_by_training_labels_alone(run: Path) -> None:
         assert right >= 7 and wrong == 8 - right, name
 
 
+def test_knn_is_scored_by_votes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All for the second of seven classes, which four of the eight images are of."""
+    votes = torch.zeros(8, 7)
+    votes[:, 1] = 1
+    monkeypatch.setattr(scoring, "knn", lambda *given: votes)
+    asked = Record(run).recipe
+    found = scoring.frozen_scores(asked, None, *scoring.scored_splits(asked))["knn"]
+    assert found["correct"] == found["top5"]["correct"] == 4
+
+
 def test_random_weights_are_the_seeds_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pretraining is compared with: features of the encoder as it was built."""
     known: list[torch.Tensor] = []
