@@ -41,7 +41,7 @@ class Score:
         z, p, n = Z, self.value, self.num
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        return middle - half, middle + half
+        return max(0.0, middle - half), min(1.0, middle + half)  # rounding goes beyond
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -222,6 +222,13 @@ def test_intervals_are_wilsons(correct: int, num: int, low: float, high: float) 
     assert Score(correct, num).interval == pytest.approx((low, high), abs=6e-5)
 
 
+@pytest.mark.parametrize("num", [1, 8, 30, 1000])
+def test_intervals_are_of_shares(num: int) -> None:
+    none, every = Score(0, num), Score(num, num)
+    assert str(none).startswith("0.0 % [0.0, ") and str(every).endswith(", 100.0]")
+    assert none.interval[0] >= 0 and every.interval[1] <= 1
+
+
 def test_scores_count_right_answers() -> None:
     found = score(torch.eye(4)[[1, 2, 3, 3]], torch.tensor([1, 2, 0, 3]))
     assert (found.correct, found.num, found.value) == (3, 4, 0.75)
