@@ -195,7 +195,7 @@ def finetune(
         backbone=backbone, loader=loader, seed=seed, device=device, precision=precision,
         optimizer=optimizer, exact=exact, holdout=holdout, log=log,
     )  # fmt: skip
-    folder = chosen_run(named or run)
+    folder = chosen_run(named, run)
     if dataset is None:
         found = stages.finetune(folder, settings, assignments or [], pretrained=not scratch)
     elif scratch:
@@ -219,7 +219,7 @@ def evaluate(
     """
     from fastidmm import scoring
 
-    found = scoring.evaluate(chosen_run(named or run), device)
+    found = scoring.evaluate(chosen_run(named, run), device)
     answer(found, as_json, lambda: scoring.evaluation_text(found))
 
 
@@ -281,7 +281,7 @@ def resume(
     from fastidmm import stages
     from fastidmm.reporting.report import remaining
 
-    folder = chosen_run(named or run)
+    folder = chosen_run(named, run)
     found = stages.resume(folder)
     lines = [_finished(stage) for stage in found]
     lines += [f"next: {command}" for command in remaining(folder)]
@@ -301,7 +301,7 @@ def verify(
     """
     from fastidmm import verify as verifying
 
-    found = verifying.verify(chosen_run(named or run), steps)
+    found = verifying.verify(chosen_run(named, run), steps)
     answer([each.as_dict() for each in found], as_json, "\n".join(map(str, found)))
     verifying.settle(found)
 

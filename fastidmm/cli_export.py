@@ -37,7 +37,7 @@ def export(
     """
     from fastidmm.exporting import export as exporting
 
-    found = exporting.export(chosen_run(named or run), str(to), out)
+    found = exporting.export(chosen_run(named, run), str(to), out)
     answer(found, as_json, lambda: exporting.as_text(found))
 
 
@@ -60,6 +60,6 @@ def embed(
     """
     from fastidmm.exporting import embed as embedding
 
-    folder = chosen_run(named or run)
+    folder = chosen_run(named, run)
     found = embedding.embed(folder, source, out, normalise=normalise, device=device, quiet=as_json)
     answer(found, as_json, lambda: embedding.as_text(found))

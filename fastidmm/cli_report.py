@@ -19,7 +19,7 @@ def report(
 
     Example: fastidmm report --run demo
     """
-    folder = chosen_run(named or run)
+    folder = chosen_run(named, run)
     if watch:
         from fastidmm.interrupt import stoppable
         from fastidmm.progress import say

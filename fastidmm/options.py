@@ -109,10 +109,13 @@ def recipe_of(
     return Recipe.of(tables)
 
 
-def chosen_run(name: str | None) -> Path:
-    """The run that was named, or the newest, said so."""
+def chosen_run(named: str | None, run: str | None) -> Path:
+    """The run named by an argument or by --run, or the newest, said so."""
     from fastidmm.record import existing_run
 
+    if named and run and named != run:
+        raise UsageError(f"RUN and --run mean the same, and name {named} and {run}: give one.")
+    name = named or run
     folder = existing_run(name)
     if name is None:
         note(f"run {folder}, the newest")
@@ -133,6 +136,8 @@ def messages(
         return
     if log_file is not None and not log_file.resolve().parent.is_dir():
         raise UsageError(f"--log-file {log_file}: there is no such folder; make it first.")
+    if log_file is not None and log_file.is_dir():
+        raise UsageError(f"--log-file {log_file} is a folder: name a file in it.")
     place = ctx.with_resource((log_file or Path(os.devnull)).open("a", buffering=1))
     ctx.with_resource(redirect_stderr(place))
 

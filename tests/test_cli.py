@@ -235,8 +235,24 @@ def test_messages_go_elsewhere(way: str, typed: Type, toy: str) -> None:
         told = Path("notes.txt").read_text()
         assert "one: epoch" in told and "two: epoch" in told
     assert typed("list")[2] == ""  # and stderr is what it was
+    status, _, err = typed("--log-file", ".", "list")
+    assert status == 2 and sentence(err).endswith("--log-file . is a folder: name a file in it.")
     status, _, err = typed("--log-file", "nowhere/notes.txt", "list")
     assert status == 2 and "there is no such folder" in sentence(err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["evaluate", "finetune", "resume", "verify", "report", "export --out o",
+     "embed --from photos --out f.npz"],
+)  # fmt: skip
+def test_a_run_is_named_once(typed: Type, home: Path, words: str) -> None:
+    """Twice the same is no error: there is none of that name."""
+    command, *flags = words.split()
+    status, _, err = typed(command, "one", "--run", "two", *flags)
+    told = "RUN and --run mean the same, and name one and two: give one."
+    assert status == 2 and sentence(err) == f"fastidmm: {told}"
+    assert "no run at runs/one" in sentence(typed(command, "one", "--run", "one", *flags)[2])
 
 
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
