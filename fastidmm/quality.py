@@ -23,7 +23,9 @@ MOST_PAIRED = 256  # images of which two crops each are made
 MOST_PAIRS = 2048  # images whose distances to one another count
 NO_EPOCH = 2**32 - 1  # whose crops no training meets
 LEAST_RISE = 0.002  # of kNN top-1 in 100 epochs, that is worth telling
-CERTAIN = 3.0  # standard errors
+# Standard errors, by which a slope is clear. Were there none, and points independent, chance alone
+# would pass this 1 time in 20 by the fewest points (t of 2 degrees of freedom), 1 in 100 by nine.
+CLEAR = 3.0
 FEWEST = 4  # points that a line is drawn through
 
 
@@ -97,7 +99,7 @@ def two_crops(
 def rising(points: Sequence[tuple[float, float]]) -> float | None:
     """By how much a score still rises in 100 epochs, by the later half of (epoch, score).
 
-    None: it does not, or not for certain.
+    None: it does not, or not clearly: a rule of thumb, and no test.
     """
     later = torch.tensor(points[len(points) // 2 :], dtype=torch.float64).view(-1, 2)
     if len(later) < FEWEST:
@@ -107,4 +109,4 @@ def rising(points: Sequence[tuple[float, float]]) -> float | None:
     slope = (x * y).sum() / x.square().sum()
     error = ((y - slope * x).square().sum() / (len(x) - 2) / x.square().sum()).sqrt()
     found = 100 * float(slope)
-    return found if found >= LEAST_RISE and slope > CERTAIN * error else None
+    return found if found >= LEAST_RISE and slope > CLEAR * error else None
