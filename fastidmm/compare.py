@@ -6,7 +6,7 @@ from typing import Any
 
 from fastidmm.errors import UsageError
 from fastidmm.record import RECIPE, Record, stages
-from fastidmm.reporting.claims import FINETUNED, Arm, Measure, measures, percent
+from fastidmm.reporting.claims import FINETUNED, Arm, Measure, by_chance, measures, percent
 from fastidmm.scoring import current, scored
 from fastidmm.stages import summary
 
@@ -165,6 +165,8 @@ def as_text(found: dict[str, Any]) -> str:
         if claim["points"] is not None and claim["outcome"] in ("higher", "lower"):
             words += f" by {abs(claim['points']):.1f} points"
         lines.append(f"  {Path(claim['run']).name}, {claim['measure']}: {words}")
+    if told := by_chance([claim["outcome"] for claim in found["claims"]]):
+        lines.append(told)
     if found["unequal"]:
         lines += ["", "budgets differ:", *(f"  {line}" for line in found["unequal"])]
     for run in found["runs"]:

@@ -53,7 +53,11 @@ class Score:
 
 
 def differ(one: Score, other: Score) -> bool:
-    """Whether two shares differ by a two-proportion z-test at 5 %, the variance pooled."""
+    """Whether two shares differ by a two-proportion z-test at 5 %, the variance pooled.
+
+    As if each were of images of its own. Of the same test images it is conservative where answers
+    go together, as they do: it claims less often than it may, and a paired test would find more.
+    """
     pooled = (one.correct + other.correct) / (one.num + other.num)
     deviation: float = (pooled * (1 - pooled) * (1 / one.num + 1 / other.num)) ** 0.5
     return abs(one.value - other.value) > Z * deviation

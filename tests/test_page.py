@@ -25,6 +25,7 @@ from torch import nn
 
 from fastidmm import checkpoint, scoring
 from fastidmm.assemble import assemble
+from fastidmm.compare import as_text, compare
 from fastidmm.forecast import FORECAST, keep
 from fastidmm.methods.idmm import IDMM, IDMMOptions
 from fastidmm.ranks import World, world
@@ -241,6 +242,18 @@ def test_other_runs_on_the_same_images_stand_beside(copy: Path, run: Path) -> No
     assert this[3] == f"{100 * Record(copy).metrics()[-1]['knn_top1']:.1f} %"
     assert that[4].startswith("0.0 %") and that[4].endswith("lower than this run")
     assert that[5].endswith("no difference can be claimed") and "run" not in this[5]
+
+
+def test_where_many_differences_are_tested_it_is_said(copy: Path) -> None:
+    """Three measures a run: with two others there are six tests."""
+    told = "6 differences are tested here, each at 5 %: were there none at all, chance alone"
+    for name in ("one", "two"):
+        assert told not in write(copy).read_text()
+        shutil.copytree(copy, copy.with_name(name))
+    page = write(copy).read_text()
+    assert f"{told} would still claim about 0.3." in page
+    runs = [copy.with_name(name) for name in ("one", "two", copy.name)]
+    assert told in as_text(compare(runs)) and told not in as_text(compare(runs[:2]))
 
 
 def test_what_was_forecast_stands_beside_what_it_took(copy: Path) -> None:

@@ -9,7 +9,7 @@ from fastidmm import checkpoint
 from fastidmm.compare import Compared
 from fastidmm.forecast import kept
 from fastidmm.record import RECIPE, Record
-from fastidmm.reporting.claims import Arm, Outcome
+from fastidmm.reporting.claims import Arm, Outcome, by_chance
 from fastidmm.reporting.commands import Stage
 
 MOST_RUNS = 20
@@ -44,6 +44,11 @@ class Others:
     look: str  # at the training images while it learnt
     measures: tuple[str, ...]
     rows: tuple[Other, ...]
+
+    @property
+    def by_chance(self) -> str:
+        """What to say of so many tests; "" of a handful."""
+        return by_chance([cell.outcome for row in self.rows[1:] for cell in row.cells if cell])
 
 
 @dataclass(frozen=True, slots=True)

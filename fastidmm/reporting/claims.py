@@ -13,6 +13,8 @@ FROZEN = {
 }
 FINETUNED = "finetuned_"
 
+HANDFUL = 5  # tests whose number need not be told
+
 Outcome = Literal["higher", "lower", "open", "unequal", "missing"]
 
 
@@ -57,6 +59,17 @@ class Measure:
         if self.pretrained is None or self.random is None:
             return None
         return 100 * (self.pretrained.score.value - self.random.score.value)
+
+
+def by_chance(outcomes: Sequence[Outcome]) -> str:
+    """What to say of many tests side by side, each at 5 %; "" of a handful."""
+    num = sum(outcome in ("higher", "lower", "open") for outcome in outcomes)
+    if num <= HANDFUL:
+        return ""
+    return (
+        f"{num} differences are tested here, each at 5 %: were there none at all, chance alone "
+        f"would still claim about {0.05 * num:.1f}."
+    )
 
 
 def percent(share: float) -> str:
