@@ -39,8 +39,9 @@ ROWS = 16  # finished at a time: the least that a matrix product takes
 STRIP, COLUMNS = 64, 128  # rows and columns of a program that finishes, at most
 RESIZED = {"bilinear": (32, 64), "bicubic": (16, 64)}  # output rows and columns of a program
 PARTS, LANES = 2, 32  # source columns at a time: pixels of a thread, threads of a warp
-# Registers of a thread at most: two programs a processor, whose loads wait for each other less.
-RESIZE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+# Of a thread at most: sixteen warps a multiprocessor, whose loads wait at once.
+REGISTERS = {"maxnreg": 128}
+RESIZE_OPTIONS = {"num_warps": 8, **REGISTERS}
 MOST_RADIUS = 8  # px of a blur; wider tiles do not fit the registers
 PIXELS, SPLITS = 1024, 8  # of a step of those that jitter; programs that sum up a crop
 
@@ -165,13 +166,14 @@ def resize_constants(interpolation: Interpolation) -> dict[str, Any]:
 
 
 def finish_constants(size: int, group: ViewGroup) -> dict[str, Any]:
-    """Of the program that finishes crops of `size` px, and how many warps it has."""
+    """Of the program that finishes crops of `size` px, with its options."""
     radius = _radius(group) if group.blur else 0
     columns, wide = _blocks(size, radius)
     tall = triton.next_power_of_2(ROWS + 2 * radius)
     shape = {"ROWS": ROWS, "TALL": tall, "COLUMNS": columns, "WIDE": wide, "STRIP": STRIP}
-    # The wider, the more threads, so that a blurred tile fits the registers and loads overlap.
-    return {**shape, "RADIUS": radius, "BLUR": bool(group.blur), "num_warps": max(4, columns // 8)}
+    # The wider, the more threads, so that a blurred tile fits their registers.
+    options = {"num_warps": max(4, columns // 8), **REGISTERS}
+    return {**shape, "RADIUS": radius, "BLUR": bool(group.blur), **options}
 
 
 def _blocks(size: int, radius: int) -> tuple[int, int]:

@@ -148,7 +148,7 @@ def finish_build(size: int, blur: bool, mix: str) -> Build:
         "MIXUP": mix == "mixup",
     }
     arguments["size"] = "i32:16"
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {key: constants.pop(key) for key in ("num_warps", "maxnreg")}
     return Build(views_programs.finish, arguments, constants, options)
 
 
