@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,6 +121,34 @@ def test_fingerprints_follow_the_pixels_and_labels_only(home: Path, photos: Path
     save(photos / "train" / "b" / "0.png", 77, height=7)
     prepare(listed(photos), "mine")
     assert prints()["train"] != relabelled["train"]
+
+
+def test_other_photographs_do_not_take_a_name(home: Path, photos: Path, tmp_path: Path) -> None:
+    prepare(listed(photos), "mine")
+    before = prints()
+    for seed in range(3):
+        save(tmp_path / "other" / f"{seed}.png", seed)
+    demo = replace(listed(tmp_path / "other"), description="ELPV solar cells", own=False)
+    for source in (listed(tmp_path / "other"), demo):
+        with pytest.raises(
+            UsageError, match=r"other photographs .*another --name, or remove .*mine "
+        ):
+            prepare(source, "mine")
+    assert prints() == before
+    # A published dataset is known by its title, wherever it lies, as in another environment.
+    prepare(demo, "demo")
+    (tmp_path / "other").rename(tmp_path / "moved")
+    assert not prepare(replace(demo, root=tmp_path / "moved"), "demo").changed
+
+
+def test_pictures_that_were_added_are_said(home: Path, photos: Path) -> None:
+    word = "other training images than before: runs begun on those cannot go on"
+    assert word not in prepare(listed(photos), "mine").lines()
+    save(photos / "test" / "b" / "4.png", 8)
+    assert word not in prepare(listed(photos), "mine").lines()
+    save(photos / "train" / "b" / "3.png", 8)
+    assert word in prepare(listed(photos), "mine").lines()
+    assert word not in prepare(listed(photos), "mine").lines()
 
 
 def test_another_size_is_another_store_in_the_same_place(home: Path, photos: Path) -> None:

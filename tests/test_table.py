@@ -28,6 +28,7 @@ def test_a_given_split_is_taken_in_its_order(tmp_path: Path) -> None:
     text = "path,label,split\nb/2.jpg,dog,train\na/1.jpg,cat,TRAIN\na/3.txt,dog,test\n"
     source = listed(tmp_path, text, "a/1.jpg", "b/2.jpg", "a/3.txt", "not listed.jpg")
     assert source == Source(
+        own=True,
         description="photographs listed in photos.csv",
         root=tmp_path,
         class_names=("cat", "dog"),

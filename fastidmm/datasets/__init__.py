@@ -43,6 +43,7 @@ class Source:
     official: bool = (
         False  # a published split, which it no longer is without every one of its files
     )
+    own: bool = False  # a user's photographs, known by their folder and by nothing else
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,7 @@ def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str)
         test=_items(test, names),
         unusable=listing.left_out({*train, *test}, "outside the class folders", test_name),
         notes=_empty(root / train_name, names),
+        own=True,
     )
 
 
@@ -192,6 +193,7 @@ def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
         split_seed=seed if test else None,
         unusable=listing.left_out(files, "outside the class folders"),
         notes=_empty(root, names) + notes,
+        own=True,
     )
 
 
@@ -203,6 +205,7 @@ def _unlabelled(root: Path, listing: _Listing, images: list[PurePosixPath]) -> S
         class_names=(),
         train=tuple(Item(file, -1) for file in files),
         unusable=listing.left_out(files, "outside train/, which has no class folders"),
+        own=True,
     )
 
 

@@ -94,7 +94,7 @@ def prepare(
     `max_side` limits the long side in pixels (0: no limit), `shard_bytes` the pixels in one file
     (0: no limit); `workers` is the number of decoding threads (None: one per core); `beton` asks
     for FFCV's file as well. Whatever stops it, doing the same again goes on behind the last
-    picture that was written, to the same bytes.
+    picture that was written, to the same bytes. What was made of other photographs is not replaced.
     """
     folder = home() / "stores" / check_name(name, "dataset")
     if max_side < 0:
@@ -104,6 +104,8 @@ def prepare(
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder) as making:
+            before = _before(folder)
+            _check_same(before.get("source", {}), source, folder)
             found = _found(folder, signature)
             if beton and not (found and (folder / beton_file.NAME).exists()):
                 beton_file.load()  # or say what it needs, before the work of decoding
@@ -112,7 +114,33 @@ def prepare(
             if beton:
                 beton_file.write(folder, quiet=quiet)
         _make_current(name)
-    return Summary.of(*told, folder, fresh=found is None)
+    changed = bool(before) and _learnt(before) != _learnt(told[0])
+    return Summary.of(*told, folder, fresh=found is None, changed=changed)
+
+
+def _before(folder: Path) -> Described:
+    """What the store that has the name already says of itself; empty where it cannot be read."""
+    try:
+        return read_json(folder)
+    except DataError:
+        return {}
+
+
+def _learnt(described: Described) -> str:
+    """What runs know their training images by."""
+    return str(described["splits"]["train"]["fingerprint"])
+
+
+def _check_same(made_of: Described, source: Source, folder: Path) -> None:
+    """Refuse to put a dataset in the place of one made of other photographs."""
+    description, path = made_of.get("description", ""), made_of.get("path", "")
+    # A published dataset is the same wherever it lies.
+    known = not source.own and description.startswith(source.description)
+    if made_of and not known and path != str(source.root.resolve()):
+        raise UsageError(
+            f"{folder.name!r} is prepared already, of other photographs ({description}, {path}): "
+            f"give these another --name, or remove {folder} first to replace them."
+        )
 
 
 def _stamp(root: str, item: Item) -> tuple[int, ...]:

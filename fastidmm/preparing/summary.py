@@ -28,10 +28,17 @@ class Summary:
     notes: tuple[str, ...]
     checks: dict[str, Any]  # as `checks.check` returns them
     beton_bytes: int = 0  # of `train.beton`; 0 where there is none
+    changed: bool = False  # whether the store of that name held other training images before
 
     @classmethod
     def of(
-        cls, described: dict[str, Any], checks: dict[str, Any], folder: Path, fresh: bool
+        cls,
+        described: dict[str, Any],
+        checks: dict[str, Any],
+        folder: Path,
+        *,
+        fresh: bool,
+        changed: bool,
     ) -> "Summary":
         """Read off `store.json` and `prepare.json`."""
         splits, beton = described["splits"], folder / BETON
@@ -51,6 +58,7 @@ class Summary:
             notes=tuple(described["notes"]),
             checks=checks,
             beton_bytes=beton.stat().st_size if beton.exists() else 0,
+            changed=changed,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,6 +68,8 @@ class Summary:
     def lines(self, limit: int = 10) -> list[str]:
         """The same for people; of long lists the first `limit`."""
         lines = [self.heading()]
+        if self.changed:
+            lines.append("other training images than before: runs begun on those cannot go on")
         if self.split_seed is not None:
             lines.append(
                 f"which image is for training and which for testing: seed {self.split_seed}"

@@ -198,6 +198,7 @@ def _source(
         split_seed=seed if made and test else None,
         unusable=tuple(sorted(unusable, key=lambda left: left.file)),
         notes=notes,
+        own=True,
     )
 
 
