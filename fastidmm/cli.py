@@ -251,6 +251,7 @@ def run_all(
 ) -> None:
     """Pretrain, fine-tune, compare with no pretraining, report.
 
+    The same command with --run NAME goes on where that run was stopped.
     Example: fastidmm run --dataset mine
     """
     from fastidmm import scoring

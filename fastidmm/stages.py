@@ -45,8 +45,16 @@ KEPT = (
 
 def pretrain(recipe: Recipe, run: str | None) -> dict[str, Any]:
     """Pretrain a recipe in a new run folder; what came out."""
+    return trained(placed(recipe, run))
+
+
+def placed(recipe: Recipe, run: str | None, *, again: bool = False) -> Path:
+    """The folder of a run that is to be trained, by its name or one that says what it is.
+
+    With `again` a run of that name and this very recipe is gone on with.
+    """
     stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
-    return _trained(run_folder(run or stem[:60]), recipe, named=bool(run))
+    return _placed(run_folder(run or stem[:60]), recipe, named=bool(run), again=again)
 
 
 def begun(folder: Path, recipe: Recipe) -> Record:
@@ -84,9 +92,12 @@ def flags_in_proportion(recipe: Recipe) -> list[str]:
     return [*flags, "--batch-size", str(run.batch_size)] if smaller else flags
 
 
-def gone_on_with(folder: Path, recipe: Recipe) -> bool:
-    """Whether the launcher that begins these ranks anew had them begin this recipe there."""
-    if not (restarts() and (folder / RECIPE).exists()):
+def gone_on_with(folder: Path, recipe: Recipe, *, again: bool = False) -> bool:
+    """Whether this recipe was begun there: by the launcher that begins these ranks anew.
+
+    Or, with `again`, by anyone.
+    """
+    if not ((again or restarts()) and (folder / RECIPE).exists()):
         return False
     before = Record(folder)
     if recipe.run.loader == "auto":
@@ -94,22 +105,35 @@ def gone_on_with(folder: Path, recipe: Recipe) -> bool:
             with_settings(recipe.tables(), {"run.loader": before.recipe.run.loader}, [])
         )
     same = before.recipe.toml() == recipe.toml()
-    return same and before.environment().get("launch") == launched()
+    return same and (again or before.environment().get("launch") == launched())
 
 
-def _placed(folder: Path, recipe: Recipe, *, named: bool) -> str:
-    """The folder in which ranks begin a recipe, or go on where they are begun anew."""
+def _placed(folder: Path, recipe: Recipe, *, named: bool = False, again: bool = False) -> Path:
+    """The folder that the first rank makes of a recipe, or finds to go on with."""
+    return Path(world().tell(lambda: _place(folder, recipe, named=named, again=again)))
+
+
+def _place(folder: Path, recipe: Recipe, *, named: bool, again: bool) -> str:
+    """A new folder, with a number where none was `named`, or the one that is gone on with."""
     taken = [folder] if named else list(takewhile(Path.exists, numbered(folder)))
     for path in reversed(taken):
-        if gone_on_with(path, recipe):
-            say(f"begun anew by torchrun: {path} goes on from its last checkpoint.")
+        if gone_on_with(path, recipe, again=again):
+            if not again:
+                say(f"begun anew by torchrun: {path} goes on from its last checkpoint.")
+            elif not Record(path).finished:
+                say(f"{path} goes on from its last checkpoint.")
             return str(path)
+    if again and named and (folder / RECIPE).exists():
+        raise UsageError(
+            f"{folder} was begun by another recipe: `fastidmm run` goes on with it by the flags "
+            "that it was begun with; give --run another name to start a new one."
+        )
     return str(begun(folder if named else free_folder(folder), recipe).folder)
 
 
-def _trained(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, Any]:
-    """Train a recipe in a new folder, with a number where none was `named`; what came out."""
-    record = Record(Path(world().tell(lambda: _placed(folder, recipe, named=named))))
+def trained(folder: Path) -> dict[str, Any]:
+    """Train what lies in a folder to its end; what came out."""
+    record = Record(folder)
     try:
         told = train(record)
     except (UsageError, DataError, Followed):
@@ -121,11 +145,17 @@ def _trained(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, 
 
 
 def finetune(
-    run: Path, settings: dict[str, Any], assignments: list[str], *, pretrained: bool = True
+    run: Path,
+    settings: dict[str, Any],
+    assignments: list[str],
+    *,
+    pretrained: bool = True,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune a run's backbone, or the same one from random weights, in a stage folder.
 
-    At a higher resolution than the run's first stage has, it goes on from the newest stage.
+    Above the resolution of its recipe's table [finetune] it goes on from the newest stage below.
+    With `again` a stage that was begun by the very same recipe is gone on with.
     """
     parent = Record(run)
     parent.check()
@@ -157,7 +187,7 @@ def finetune(
     if pretrained:
         check_held_out(parent, recipe)
     name = f"{'finetune-' if pretrained else SCRATCH}{recipe.run.resolution}"
-    return _trained(run / name, recipe)
+    return trained(_placed(run / name, recipe, again=again))
 
 
 def check_own(parent: Record, asked: dict[str, Any]) -> None:
@@ -192,7 +222,7 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     if recipe.run.dataset == parent.recipe.run.dataset:
         same_images(parent, training_rows(recipe).fingerprint)
         check_held_out(parent, recipe)
-    return _trained(folder, recipe)
+    return trained(_placed(folder, recipe))
 
 
 def _same_rows(start: Record, recipe: Recipe) -> None:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.core import TyperGroup
 
-from fastidmm import checkpoint, cli
+from fastidmm import checkpoint, cli, train
+from fastidmm.assemble import Parts
+from fastidmm.interrupt import Stop
 
 Type = Callable[..., tuple[int, str, str]]
 TINY = ["--backbone", "vit_micro", "--epochs", "1", "--batch-size", "8", "--resolution", "16"]
@@ -141,6 +144,43 @@ def test_run_does_it_all(typed: Type, toy: str) -> None:
     assert Path("runs/all/finetune-32").is_dir() and not Path("runs/all/scratch-32").exists()
     assert Path("runs/all/report.html").is_file()
     assert out.splitlines()[-1] == "next: open runs/all/report.html in a browser"
+
+
+def test_a_run_that_was_stopped_goes_on_through_all_stages(
+    typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever stage: those done are passed over, and what comes of it is as undisturbed."""
+    stages = ("finetune.resolution=16", "finetune.epochs=1", "finetune_high.epochs=0")
+    words = ["run", "--dataset", toy, *TINY, *(f"--set={each}" for each in stages), "--run"]
+    status, whole, err = typed(*words, "whole", "--json")
+    assert status == 0
+    assert "pretraining 1 epochs at 16 px, then fine-tuning 1 at 16 px" in err
+
+    def interrupted(name: str) -> str:
+        steps = train.steps
+
+        def asked(parts: Parts, stop: Stop, *others: Any) -> bool:
+            stop.requested = parts.record.folder.name == name
+            return steps(parts, stop, *others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "steps", asked)
+            status, _, err = typed(*words, "cut")
+        assert status == 75
+        return err
+
+    for name in ("cut", "finetune-16", "scratch-16"):
+        err = interrupted(name)
+        remedy = "the same `fastidmm run` with `--run runs/cut` through all stages."
+        assert sentence(err).endswith(remedy)
+    status, found, err = typed(*words, "cut", "--json")
+    assert status == 0 and "runs/cut is finished" in err and "scratch-16 goes on from" in err
+    assert sorted(p.parent.name for p in Path("runs/cut").glob("*/recipe.toml")) == [
+        "finetune-16", "scratch-16",
+    ]  # fmt: skip
+    assert json.loads(found)["scores"] == json.loads(whole)["scores"]
+    status, _, err = typed(*words, "cut", "--seed", "7")
+    assert status == 2 and "begun by another recipe" in sentence(err)
 
 
 def test_a_part_of_the_images_is_taken_by_class_and_said(typed: Type, toy: str) -> None:

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import MakePhotos
@@ -32,15 +31,15 @@ def typed(
     home: Path, photos: MakePhotos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
     """Types a line, where photographs lie; fails unless it ends with 0."""
-    train = stages._trained
+    place = stages._placed
 
-    def less(folder: Path, recipe: Recipe, *, named: bool = False) -> dict[str, Any]:
+    def less(folder: Path, recipe: Recipe, **how: bool) -> Path:
         run = recipe.run.model_copy(update=LESS)
         optim = recipe.optim.model_copy(update={"warmup_epochs": 0.0})
         cut = recipe.model_copy(update={"run": run, "optim": optim})
-        return train(folder, cut, named=named)
+        return place(folder, cut, **how)
 
-    monkeypatch.setattr(stages, "_trained", less)
+    monkeypatch.setattr(stages, "_placed", less)
     monkeypatch.setitem(TABLES["backbone"], "pvtv2_b3", TABLES["backbone"]["pvtv2_b0"])
     monkeypatch.setenv("HOME", str(tmp_path))
     for split in ("train", "test"):
