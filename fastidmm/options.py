@@ -29,7 +29,12 @@ DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="A prepared dataset. [default: the last prepared]")
 ]
 BackboneOption = Annotated[str | None, typer.Option(help="deit_tiny, pvtv2_b3, ..., timm:NAME.")]
-MethodOption = Annotated[str | None, typer.Option(help="What is learnt from.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How to pretrain: idmm, simclr, mocov3, ...; `fastidmm list`. [default: idmm]"
+    ),
+]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
 ]
@@ -37,6 +42,25 @@ LoaderOption = Annotated[str | None, typer.Option(help="auto, resident, dali, ff
 EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
 ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]
+# Of the commands that make all stages.
+FirstEpochsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", min=1, help="Of pretraining; of fine-tuning by --set finetune.epochs=N."
+    ),
+]
+FirstBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Images per step of pretraining; --set finetune.batch_size=N."
+    ),
+]
+FirstResolutionOption = Annotated[
+    int | None,
+    typer.Option(
+        "--resolution", min=8, help="Side of pretraining's crop, px; --set finetune.resolution=N."
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="What all chance depends on.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")]
@@ -44,7 +68,12 @@ OptimizerOption = Annotated[
     str | None, typer.Option(help="adamw, or apex's fused_adam or fused_lamb.")
 ]
 InitOption = Annotated[
-    str | None, typer.Option("--init", help="timm, or a checkpoint's folder seen from the run's.")
+    str | None,
+    typer.Option(
+        "--init",
+        help="First weights: timm (ImageNet's, got by `fastidmm prepare --weights NAME`), or "
+        "a checkpoint's folder as seen from the run's. [default: random]",
+    ),
 ]
 LogOption = Annotated[str | None, typer.Option(help="tensorboard or wandb: curves there, too.")]
 HoldoutOption = Annotated[
@@ -59,10 +88,21 @@ RunOption = Annotated[
 ]
 RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help="The same as --run.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any key of the recipe: optim.lr=1e-3.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Any other key of the recipe, such as optim.lr=1e-3; repeatable. A run's recipe.toml "
+        "lists them all.",
+    ),
 ]
 GpusOption = Annotated[
-    int, typer.Option("--gpus", min=1, help="Of this machine; with --device cpu, processes.")
+    int,
+    typer.Option(
+        "--gpus",
+        min=1,
+        help="GPUs of this machine that share every batch; with --device cpu, processes.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 

@@ -68,6 +68,14 @@ def test_every_command_shows_an_example_that_it_takes() -> None:
         command.make_context(command.name, own)  # as typing it would read it
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_commands_of_all_stages_say_whose_their_sizes_are(typed: Type, command: str) -> None:
+    said = " ".join(typed(command, "--help")[1].split())
+    for key in ("epochs", "batch_size", "resolution"):
+        assert f"--set finetune.{key}=N" in said
+    assert said.count("retraining") >= 3
+
+
 def test_list_prints_every_name_whatever_the_width(
     typed: Type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
