@@ -97,6 +97,11 @@ def forecasts(recipe: Recipe) -> list[Forecast]:
     except DataError as problem:
         alone = True
         say(f"only pretraining is forecast: {problem}")
+    if device_of(recipe.run.device).type == "cpu":
+        say(
+            f"each stage is tried for {SECONDS:.0f} s or {WARM_UP + FEWEST} steps, whichever takes "
+            "longer: minutes where the backbone is large for a CPU"
+        )
     # Where the run will be, so that a checkpoint is written to the same disk.
     place = Path("runs") if Path("runs").is_dir() else Path()
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as work:

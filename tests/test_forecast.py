@@ -222,6 +222,7 @@ def test_plan_forecasts_every_stage_and_leaves_nothing(typed: Type, toy: str, br
 def test_plan_of_photographs_without_labels(typed: Type, bare: str, brief: None) -> None:
     status, out, err = typed("plan", *TINY)
     assert status == 0 and "only pretraining is forecast: the images of 'bare' have no" in err
+    assert "each stage is tried for 8 s or 5 steps, whichever takes longer: minutes" in err
     assert "idmm at 16 px: 5 to 60 steps of 8 images are tried" in err
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["pretrain", "total"]
     assert not Path("runs").exists() and not list(Path().glob(".plan*"))
