@@ -12,9 +12,9 @@ from fastidmm import checkpoint
 from fastidmm.backbones.build import Encoder, backbone, build_encoder, load_weights
 from fastidmm.batch import Loader, Method
 from fastidmm.chance import Counters, Use
-from fastidmm.errors import DataError, UsageError
+from fastidmm.errors import DataError, OutOfMemoryError, UsageError
 from fastidmm.loaders.memory import within_reach
-from fastidmm.machine import dtype_of, set_up
+from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
 from fastidmm.norms import share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
 from fastidmm.preparing.weights import cached_weights
@@ -175,6 +175,26 @@ def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:
             batch_size=run.batch_size,
         )
     return method
+
+
+def check_memory(recipe: Recipe, method: Method, num_images: int, device: torch.device) -> None:
+    """Refuse, on a CPU, a batch whose views alone its memory cannot hold: the system would kill it.
+
+    There are two batches: the next one is made while a step learns from the last.
+    """
+    if device.type != "cpu":
+        return
+    run = recipe.run
+    images = min(run.batch_size, num_images) // world().size
+    numbers = sum(group.count * 3 * group.size**2 for group in method.views)
+    needed = 2 * images * numbers * dtype_of(run.precision, device).itemsize
+    # What an earlier stage had is not given back to the system, and is there to be used again.
+    if needed > (free := available_memory() + peak_memory()):
+        raise OutOfMemoryError(
+            f"two batches of views, as many as a CPU has at once, take {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB of memory are free: lower --batch-size, {run.batch_size}, or "
+            f"--resolution, {run.resolution}."
+        )
 
 
 def assemble(record: Record, split: Store | None = None) -> Parts:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import resource
+import sys
 from contextlib import suppress
 
 import torch
@@ -53,6 +55,12 @@ def available_memory() -> int:
     """Bytes of the host's memory that can be had without swapping, or half of all of them."""
     total, available = memory()
     return total // 2 if available is None else available
+
+
+def peak_memory() -> int:
+    """Bytes of the host's memory that this process has had at most."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def name_of(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from fastidmm.apex import check
 from fastidmm.assemble import (
     build_method,
     check_labels,
+    check_memory,
     initialise,
     same_images,
     split_rows,
@@ -68,6 +69,7 @@ def begun(folder: Path, recipe: Recipe) -> Record:
         say(why)
     find("loader", recipe.run.loader).check(store)
     method = build_method(recipe, store, Counters(recipe.run.seed))
+    check_memory(recipe, method, len(store), device)
     initialise(method, folder, recipe)
     return Record.create(folder, recipe, store)
 

@@ -1,8 +1,6 @@
 """Try a few steps of every stage of a run, and forecast each: all of it in a folder soon gone."""
 
 import gc
-import resource
-import sys
 import tempfile
 import threading
 import time
@@ -21,7 +19,7 @@ from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
 from fastidmm.evaluate import linear_probe, outputs
 from fastidmm.forecast import Costs, Course, Forecast, spell
-from fastidmm.machine import device_of
+from fastidmm.machine import device_of, peak_memory
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
 from fastidmm.recipe import Recipe
@@ -305,8 +303,7 @@ def memory_of(device: torch.device) -> int:
     """Bytes at most: allocated on the GPU, or of this process resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)  # graphs' pools, too
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return peak_memory()
 
 
 class Power:

@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from fastidmm import checkpoint, cli, train
+from fastidmm import assemble, checkpoint, cli, train
 from fastidmm.assemble import Parts
 from fastidmm.interrupt import Stop
 
@@ -268,6 +268,23 @@ def test_wrong_ways_to_pretrain(typed: Type, toy: str, words: list[str], message
     status, _, err = typed("pretrain", *TINY, *words)
     assert status == 2 and message in sentence(err), err
     assert not Path("runs").exists()
+
+
+def test_views_that_a_cpus_memory_cannot_hold(
+    typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of 8 images with six crops of 16 px each, in float32."""
+    needed = 2 * 8 * 6 * 3 * 16**2 * 4
+    words = ["pretrain", *TINY, "--device", "cpu"]
+    monkeypatch.setattr(assemble, "available_memory", lambda: needed - 1001)
+    monkeypatch.setattr(
+        assemble, "peak_memory", lambda: 1000
+    )  # an earlier stage's, to be had again
+    status, _, err = typed(*words)
+    assert status == 5 and "lower --batch-size, 8, or --resolution, 16." in sentence(err)
+    assert not Path("runs").exists()
+    monkeypatch.setattr(assemble, "available_memory", lambda: needed - 1000)
+    assert typed(*words)[0] == 0
 
 
 @pytest.mark.parametrize("way", ["-q", "--quiet", "--log-file"])
