@@ -255,7 +255,7 @@ def check_held_out(parent: Record, recipe: Recipe) -> None:
 
 
 def stage_below(parent: Record, resolution: int, *, pretrained: bool) -> Record | None:
-    """The newest stage of a lower resolution, for one above the run's first; None: begin anew."""
+    """The newest stage of a lower resolution, for one above [finetune]'s; None: begin anew."""
     if resolution <= parent.recipe.finetune.resolution:
         return None
     found = [Record(folder) for folder in stages(parent.folder)]
