@@ -126,7 +126,8 @@ def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
     rows = learnt.nonzero()[:, 0]
     if run.num_images > len(rows):
         raise UsageError(
-            f"run.num_images is {run.num_images}, and the store has {len(rows)} images."
+            f"run.num_images is {run.num_images}, and the store has {len(rows)} images: lower it, "
+            "or take all by --set run.num_images=0."
         )
     if run.num_images:
         rows = rows[stratified(labels[rows], run.num_images, run.seed)]

@@ -206,7 +206,7 @@ def finetune(
     else:
         found = stages.transfer(folder, settings, assignments or [])
         folder = Path(found["run"])
-    answer(found, as_json, lambda: _finished(found, f"fastidmm evaluate --run {folder}"))
+    answer(found, as_json, lambda: _finished(found, stages.after_finetuning(folder)))
 
 
 @app.command()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fastidmm.options import BackboneOption, JsonOption, answer
+from fastidmm.options import BackboneOption, JsonOption, answer, note
 
 
 def reproduce(
@@ -30,6 +30,8 @@ def reproduce(
         table, dataset=dataset, backbone=backbone, seeds=seeds, budget=budget, dry_run=dry_run
     )
     answer(sheet.as_dict(), as_json, sheet.markdown)
+    if not dry_run:
+        note(f"in runs/{sheet.name}.md and .json")
     if status:
         raise typer.Exit(status)
 

@@ -17,7 +17,7 @@ from fastidmm.backbones.build import BackboneOptions, backbone
 from fastidmm.batch import Method, Options
 from fastidmm.errors import UsageError, did_you_mean
 from fastidmm.optim import OptimOptions
-from fastidmm.registry import find
+from fastidmm.registry import TABLES, find
 
 Count = Annotated[int, Field(ge=1)]
 Auto = Annotated[int, Field(ge=0)]  # 0 means: chosen when the run starts
@@ -100,7 +100,7 @@ class Recipe(BaseModel):
         for name, table in method.settings.items():
             tables = {**tables, name: {**table, **tables.get(name, {})}}
         run = _checked("run", RunOptions, tables)
-        loader = Options if run.loader == "auto" else find("loader", run.loader).Options
+        loader = Options if run.loader == "auto" else _loader(run.loader).Options
         if run.loader == "auto" and tables.get("loader"):
             raise UsageError("[loader] holds settings of one loader: name it, too, by --loader.")
         if run.patience and not run.holdout:
@@ -142,6 +142,14 @@ class Recipe(BaseModel):
         return "\n\n".join(parts) + "\n"
 
 
+def _loader(name: str) -> Any:
+    """The class of a loader; `auto`, which is none, is known as well."""
+    known = [*TABLES["loader"], "auto"]
+    if name not in known:
+        raise UsageError(f"unknown loader {name!r}: {_near(name, known)}")
+    return find("loader", name)
+
+
 def _optim(run: RunOptions, method: type[Method], tables: Tables) -> OptimOptions:
     """The table [optim], its rate and warm-up those of the method, or else of the backbone.
 
@@ -151,7 +159,7 @@ def _optim(run: RunOptions, method: type[Method], tables: Tables) -> OptimOption
     if found.warmup_epochs is not None and found.warmup_epochs > run.epochs:
         raise UsageError(
             f"optim.warmup_epochs is {found.warmup_epochs:g}, more than the {run.epochs} "
-            "epochs of the run: lower it or leave it out."
+            "epochs of the run: lower it, as by --set optim.warmup_epochs=0, or leave it out."
         )
     if found.weight_decay and "weight_decay" in method.Options.model_fields:
         raise UsageError(
@@ -204,7 +212,11 @@ def read_tables(name: str) -> Tables:
     path = Path(name) if name.endswith(".toml") else shipped / f"{name}.toml"
     try:
         tables: Tables = tomllib.loads(path.read_text())
-    except OSError:
+    except OSError as problem:
+        if name.endswith(".toml"):
+            raise UsageError(
+                f"{path} cannot be read ({problem.strerror}): give the path of a recipe."
+            ) from None
         known = [p.stem for p in shipped.glob("*.toml")]
         raise UsageError(f"no recipe {name!r}: {_near(name, known)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:

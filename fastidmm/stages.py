@@ -33,7 +33,7 @@ from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
 from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, numbered, run_folder, stages
 from fastidmm.registry import find
 from fastidmm.scoring import best
-from fastidmm.store import folder_of, open_store
+from fastidmm.store import folder_of, has_split, open_store
 from fastidmm.train import train
 
 LATEST = 10  # metric lines: a single small batch says little
@@ -79,6 +79,12 @@ def following(run: Path) -> list[str]:
     if training_rows(Record(run).recipe).learnable:
         return [" ".join(["fastidmm finetune", *flags_in_proportion(Record(run).recipe)])]
     return ["fastidmm report", "fastidmm embed --from PHOTOS --out features.npz"]
+
+
+def after_finetuning(run: Path) -> str:
+    """What can be done with a run that has learnt classes: scoring takes test images."""
+    scorable = has_split(Record(run).recipe.run.dataset, "test")
+    return f"fastidmm {'evaluate' if scorable else 'report'} --run {run}"
 
 
 def flags_in_proportion(recipe: Recipe) -> list[str]:

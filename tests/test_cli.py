@@ -215,6 +215,7 @@ def test_nothing_prepared(typed: Type, home: Path) -> None:
     ("words", "status", "message"),
     [
         (["prepare", "--dataset", "folder", "--from", "nowhere"], 2, "nowhere"),
+        (["prepare", "--dataset", "folder", "--from", "nope.csv"], 2, "there is no file nope.csv"),
         (["prepare", "--dataset", "folder", "--from", "empty"], 3, "empty"),
         (["prepare", "--dataset", "folder"], 2, "--from"),
         (["prepare", "--dataset", "fodler"], 2, "did you mean 'folder'"),
@@ -253,15 +254,19 @@ def test_wrong_ways_to_prepare(
         (["--precision", "fp8"], "run.precision = 'fp8'"),
         (["--optimizer", "fused_lamb"], "needs an NVIDIA GPU"),
         (["--optimizer", "lamb"], "run.optimizer = 'lamb'"),
-        (["--loader", "residence"], "did you mean 'resident'"),
-        (["--set", "run.num_images=21"], "the store has 20"),
+        (["--loader", "residence"], "did you mean 'resident'? Known: auto, dali"),
+        (["--recipe", "absent.toml"], "absent.toml cannot be read (No such file or directory)"),
+        (["--method=supervised", "--set=method.mix=nome"], "'cutmix', 'mixup' or 'alternate'"),
+        (["--set", "optim.warmup_epochs=2"], "as by --set optim.warmup_epochs=0"),
+        (["--set", "run.num_images=21"], "the store has 20 images: lower it, or take all by "),
         (["--run", "a/../.b"], "cannot name a run"),
         (["--set", "optim.lr=inf"], "optim.lr"),
         (["--set", "optim.betas=[2,3]"], "optim.betas"),
         (["--set", "method.cutmix_groups=0"], "method.cutmix_groups"),
         (["--set", "method.large_scale=[0,0]"], "0 < low <= high <= 1"),
         (["--set", "backbone.drop_path=1.0"], "backbone.drop_path"),
-        (["--backbone", "timm:resnet999"], "timm has no model 'resnet999'"),
+        (["--backbone", "timm:resnet999"], "timm has no model 'resnet999': the nearest are resnet"),
+        (["--backbone", "timm:vitt_tiny"], "timm.list_models('vitt*')"),
     ],
 )
 def test_wrong_ways_to_pretrain(typed: Type, toy: str, words: list[str], message: str) -> None:
@@ -348,6 +353,22 @@ def test_no_runs_yet(typed: Type, toy: str) -> None:
     for command in (("export", "--out", "out"), embed, *((name,) for name in others)):
         status, _, err = typed(*command)
         assert status == 2 and "begin with `fastidmm pretrain`" in sentence(err)
+
+
+@pytest.mark.parametrize(("tested", "following"), [(True, "evaluate"), (False, "report")])
+def test_what_follows_fine_tuning(
+    typed: Type, home: Path, photos: MakePhotos, tested: bool, following: str
+) -> None:
+    """Scoring where there are test images, the report where there are none."""
+    photos(Path("two/train"), per_class=4)
+    if tested:
+        photos(Path("two/test"), per_class=2)
+    typed("prepare", "--dataset", "folder", "--from", "two", "--name", "two")
+    assert typed("pretrain", *TINY, "--run", "two")[0] == 0
+    stage = ("finetune", "two", "--resolution", 16, "--epochs", 1, "--batch-size", 8)
+    status, out, _ = typed(*stage)
+    assert status == 0 and out.splitlines()[-1] == f"next: fastidmm {following} --run runs/two"
+    assert typed(following, "--run", "runs/two")[0] == 0
 
 
 def test_photographs_without_labels(typed: Type, home: Path, photos: MakePhotos) -> None:

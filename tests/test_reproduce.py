@@ -150,6 +150,7 @@ def test_cut_interrupted_and_gone_on_with(
 ) -> None:
     """The same bits as without the interruption; what is done is not done again."""
     status, out, err = typed(*ASKED)
+    assert err.splitlines()[-1] == "in runs/reproduce-T1-toy-60s.md and .json"
     assert status == 0 and "not by the paper's protocol" in out.splitlines()[2]
     whole = json.loads(Path("runs/reproduce-T1-toy-60s.json").read_text())
     rows = {r["arm"]: r for r in whole["rows"]}

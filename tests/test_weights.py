@@ -60,7 +60,7 @@ def test_the_command_says_where(
 
 
 def test_names_without_weights(home: Path) -> None:
-    with pytest.raises(UsageError, match=r"no weights for 'test_vitt': did you mean 'test_vit"):
+    with pytest.raises(UsageError, match=r"no weights for 'test_vitt': the nearest are test_vit"):
         fetch_weights("test_vitt")
     assert not home.exists()
 

@@ -82,7 +82,8 @@ def _checked(from_: Path | None) -> Path:
         )
     root = from_.expanduser()
     if not root.exists():
-        raise UsageError(f"there is no folder {root}: check what follows --from.")
+        kind = "file" if root.suffix.lower() == ".csv" else "folder"
+        raise UsageError(f"there is no {kind} {root}: check what follows --from.")
     if root.is_dir():
         return root.resolve()
     if root.suffix.lower() != ".csv" or not root.is_file():

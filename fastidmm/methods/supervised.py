@@ -22,7 +22,7 @@ class SupervisedOptions(Options):
     jitter: Share = 0.4  # probability, as of gray
     gray: Share = 0.2
     randaugment: Annotated[int, Field(ge=0)] = 2  # operations drawn for each image
-    mix: Mix | Literal["alternate"] = "alternate"  # Mixup in even epochs, CutMix in odd ones
+    mix: Literal[Mix, "alternate"] = "alternate"  # Mixup in even epochs, CutMix in odd ones
     mix_alpha: Annotated[float, Field(gt=0)] = 0.5
     # The published runs mix within each of 4 GPUs; here it is the recipe's own number.
     cutmix_groups: Annotated[int, Field(ge=1)] = 4

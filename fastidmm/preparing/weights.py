@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastidmm.errors import DataError, UsageError, did_you_mean
+from fastidmm.errors import DataError, UsageError
 from fastidmm.places import home
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def fetch_weights(name: str) -> Path:
     A UsageError for a name without weights, and where the hub cannot be reached. Returns the
     folder of the cache; what is in it already is not fetched again.
     """
+    from fastidmm.backbones.any_timm import nearest
     from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 
     make_torchvision_importable()
@@ -30,8 +31,7 @@ def fetch_weights(name: str) -> Path:
     name = name.removeprefix("timm:")
     known = timm.list_models(pretrained=True)
     if name not in known and not timm.is_model_pretrained(name):
-        near = [n for n in known if n.split("_")[0] == name.split("_")[0]] or known[:20]
-        raise UsageError(f"timm has no weights for {name!r}: {did_you_mean(name, near)}")
+        raise UsageError(f"timm has no weights for {name!r}: {nearest(name, known)}")
     folder = weights_folder()
     try:
         timm.create_model(name, pretrained=True, cache_dir=folder)
