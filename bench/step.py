@@ -121,11 +121,16 @@ def measure(
         | cut
         | {"set": list(settings), "repeats": repeats, "steps": steps}
         | {"flop": flop, "peak_flops": peak},
-        notes=[
-            f"{flop / 1e9:,.0f} GFLOP a step, of which {lost['median']:.1%} "
-            f"({lost['low']:.1%} to {lost['high']:.1%}) is lost to plan and views"
-        ],
+        notes=[f"{flop / 1e9:,.0f} GFLOP a step; {waited(lost)}"],
     )
+
+
+def waited(lost: dict[str, Any]) -> str:
+    """What plan and views take of a step's time, in words, from shares as `measured` gives them."""
+    if lost["low"] <= 0:  # less than one measurement is from another
+        return "plan and views take nothing of its time that can be measured"
+    span = f"{lost['low']:.1%} to {lost['high']:.1%}"
+    return f"plan and views take {lost['median']:.1%} of its time ({span})"
 
 
 def changed(run: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def prepare(
     Example: fastidmm prepare --dataset folder --from ~/photos --name mine
     """
     if sum((dataset is not None, listing, weights is not None)) != 1:
+        if source is not None and not listing and weights is None:
+            raise UsageError(
+                f"say of what kind {source} is: add --dataset folder for your own photographs, or "
+                "the name of a published dataset."
+            )
         raise UsageError("say what to prepare: one of --dataset NAME, --list and --weights NAME.")
     if listing:
         from fastidmm.preparing.catalogue import as_dicts, as_lines, catalogue

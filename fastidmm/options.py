@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastidmm import __version__
 from fastidmm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -162,6 +163,13 @@ def chosen_run(named: str | None, run: str | None) -> Path:
     return folder
 
 
+def _version(asked: bool) -> None:
+    """Answer `--version` before a command is asked for."""
+    if asked:
+        print(f"fastidmm {__version__}")
+        raise typer.Exit
+
+
 def messages(
     ctx: typer.Context,
     quiet: Annotated[
@@ -170,6 +178,10 @@ def messages(
     log_file: Annotated[
         Path | None, typer.Option("--log-file", help="Add progress and remarks to this file.")
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it, and no more."),
+    ] = False,
 ) -> None:
     """Send what is neither an answer nor an error elsewhere: before the command's name."""
     if not quiet and log_file is None:

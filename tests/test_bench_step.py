@@ -31,6 +31,12 @@ def test_rows_of_made_up_times() -> None:
     assert unknown["step"]["mfu"] is None
 
 
+def test_what_views_take_is_of_time_and_never_less_than_nothing() -> None:
+    shares = {"median": 0.25, "low": 0.2, "high": 0.3}
+    assert bench.waited(shares) == "plan and views take 25.0% of its time (20.0% to 30.0%)"
+    assert "nothing of its time that can be" in bench.waited({**shares, "low": -0.004})
+
+
 def test_marks_add_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)) ** 2)

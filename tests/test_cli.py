@@ -8,15 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from typer.core import TyperGroup
 
-from fastidmm import assemble, checkpoint, cli, train
-from fastidmm.assemble import Parts
-from fastidmm.interrupt import Stop
+import fastidmm
+from fastidmm import assemble, checkpoint, cli
 
 Type = Callable[..., tuple[int, str, str]]
 TINY = ["--backbone", "vit_micro", "--epochs", "1", "--batch-size", "8", "--resolution", "16"]
@@ -66,6 +64,10 @@ def test_every_command_shows_an_example_that_it_takes() -> None:
         own = words[2:] if within else words[1:]
         assert command.name == words[1 if within else 0], typed
         command.make_context(command.name, own)  # as typing it would read it
+
+
+def test_the_version(typed: Type) -> None:
+    assert typed("--version") == (0, f"fastidmm {fastidmm.__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -154,43 +156,6 @@ def test_run_does_it_all(typed: Type, toy: str) -> None:
     assert out.splitlines()[-1] == "next: open runs/all/report.html in a browser"
 
 
-def test_a_run_that_was_stopped_goes_on_through_all_stages(
-    typed: Type, toy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In whichever stage: those done are passed over, and what comes of it is as undisturbed."""
-    stages = ("finetune.resolution=16", "finetune.epochs=1", "finetune_high.epochs=0")
-    words = ["run", "--dataset", toy, *TINY, *(f"--set={each}" for each in stages), "--run"]
-    status, whole, err = typed(*words, "whole", "--json")
-    assert status == 0
-    assert "pretraining 1 epochs at 16 px, then fine-tuning 1 at 16 px" in err
-
-    def interrupted(name: str) -> str:
-        steps = train.steps
-
-        def asked(parts: Parts, stop: Stop, *others: Any) -> bool:
-            stop.requested = parts.record.folder.name == name
-            return steps(parts, stop, *others)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "steps", asked)
-            status, _, err = typed(*words, "cut")
-        assert status == 75
-        return err
-
-    for name in ("cut", "finetune-16", "scratch-16"):
-        err = interrupted(name)
-        remedy = "the same `fastidmm run` with `--run runs/cut` through all stages."
-        assert sentence(err).endswith(remedy)
-    status, found, err = typed(*words, "cut", "--json")
-    assert status == 0 and "runs/cut is finished" in err and "scratch-16 goes on from" in err
-    assert sorted(p.parent.name for p in Path("runs/cut").glob("*/recipe.toml")) == [
-        "finetune-16", "scratch-16",
-    ]  # fmt: skip
-    assert json.loads(found)["scores"] == json.loads(whole)["scores"]
-    status, _, err = typed(*words, "cut", "--seed", "7")
-    assert status == 2 and "begun by another recipe" in sentence(err)
-
-
 def test_a_part_of_the_images_is_taken_by_class_and_said(typed: Type, toy: str) -> None:
     status, out, err = typed("pretrain", *TINY, "--set", "run.num_images=6", "--json")
     assert status == 0 and "training on 6 images, chosen by class and seed 0." in err
@@ -220,6 +185,7 @@ def test_nothing_prepared(typed: Type, home: Path) -> None:
         (["prepare", "--dataset", "folder"], 2, "--from"),
         (["prepare", "--dataset", "fodler"], 2, "did you mean 'folder'"),
         (["prepare"], 2, "one of --dataset NAME, --list and --weights NAME"),
+        (["prepare", "--from", "two", "--name", "mine"], 2, "add --dataset folder for your own"),
         (["prepare", "--list", "--dataset", "folder"], 2, "one of --dataset NAME"),
         (["prepare", "--dataset", "cars"], 2, "put cars_train.tgz, cars_test.tgz, car_devkit.tgz"),
         (["prepare", "--dataset", "pets", "--from", "empty"], 2, "images.tar.gz"),
@@ -353,22 +319,6 @@ def test_no_runs_yet(typed: Type, toy: str) -> None:
     for command in (("export", "--out", "out"), embed, *((name,) for name in others)):
         status, _, err = typed(*command)
         assert status == 2 and "begin with `fastidmm pretrain`" in sentence(err)
-
-
-@pytest.mark.parametrize(("tested", "following"), [(True, "evaluate"), (False, "report")])
-def test_what_follows_fine_tuning(
-    typed: Type, home: Path, photos: MakePhotos, tested: bool, following: str
-) -> None:
-    """Scoring where there are test images, the report where there are none."""
-    photos(Path("two/train"), per_class=4)
-    if tested:
-        photos(Path("two/test"), per_class=2)
-    typed("prepare", "--dataset", "folder", "--from", "two", "--name", "two")
-    assert typed("pretrain", *TINY, "--run", "two")[0] == 0
-    stage = ("finetune", "two", "--resolution", 16, "--epochs", 1, "--batch-size", 8)
-    status, out, _ = typed(*stage)
-    assert status == 0 and out.splitlines()[-1] == f"next: fastidmm {following} --run runs/two"
-    assert typed(following, "--run", "runs/two")[0] == 0
 
 
 def test_photographs_without_labels(typed: Type, home: Path, photos: MakePhotos) -> None:
