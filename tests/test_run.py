@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import TINY, MakePhotos, Type, sentence, typed
+from test_cli import TINY, MakePhotos, Type, sentence
+from test_cli import typed as typed
 
 from fastidmm import train
 from fastidmm.assemble import Parts
 from fastidmm.interrupt import Stop
-
-__all__ = ["typed"]
 
 
 def test_a_run_that_was_stopped_goes_on_through_all_stages(
