@@ -6,12 +6,15 @@ Each test is a process of its own, since torch asks once whether there is a GPU.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from shutil import which
 
 import pytest
 from test_compiled_kernels import compiled
 
+from fastidmm.datasets.folder import Folder
+from fastidmm.preparing.prepare import prepare
 from fastidmm.record import Record
 
 TESTS = Path(__file__).parent
@@ -223,17 +226,20 @@ pretended.leave(1)
 
 
 def test_a_run_from_the_store_to_the_report(
-    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pretraining, both stages of fine-tuning, evaluation and report, by captured steps.
 
     Whatever kernel it launched compiles for a GPU with the arguments it was launched with.
     """
+    for split, num in {"train": 4, "test": 1}.items():  # an interpreter has minutes for each
+        photos(tmp_path / "photos" / split, per_class=num)
+    prepare(Folder().open(from_=tmp_path / "photos", seed=0), "few", workers=0, quiet=True)
     table = ["finetune.resolution=32", "finetune.epochs=2", "finetune_high.resolution=40"]
     options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
     told = printed(
-        "-c", RUN, "run", "--dataset", toy, "--backbone", "vit_micro", "--resolution", "32",
-        "--batch-size", "4", "--set", "run.num_images=8", "--epochs", "2", "--device", "cuda",
+        "-c", RUN, "run", "--dataset", "few", "--backbone", "vit_micro", "--resolution", "32",
+        "--batch-size", "4", "--epochs", "2", "--device", "cuda",
         "--run", "made", *options,
     )  # fmt: skip
     assert "loader resident" in told and "GPU's memory" in told

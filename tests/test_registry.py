@@ -26,5 +26,5 @@ def test_any_model_of_timm_is_a_backbone() -> None:
 
     make_torchvision_importable()
     assert backbone("timm:vit_tiny_patch16_224").lr == 5e-4
-    with pytest.raises(UsageError, match="did you mean 'vit_tiny_patch16_224'"):
+    with pytest.raises(UsageError, match="the nearest are vit_tiny_patch16_224, "):
         backbone("timm:vit_tiny_patch16_2244")
