@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastidmm import randaugment as definition
+from fastidmm.kernels.views_programs import load_pixels, luma, store_pixels, unit
 
 INVERT = tl.constexpr(definition.OPERATIONS.index("invert"))
 CUTOUT = tl.constexpr(definition.OPERATIONS.index("cutout"))
@@ -34,26 +35,9 @@ CUTOUT_BLUE = tl.constexpr(definition.CUTOUT_FILL[2])
 
 
 @triton.jit
-def _unit(x):
-    return tl.minimum(tl.maximum(x, 0.0), 1.0)
-
-
-@triton.jit
 def _level(x):
     """The nearest of 256 levels."""
     return tl.floor(x * 255.0 + 0.5).to(tl.int32)
-
-
-@triton.jit
-def _load(pixels):
-    """Three channels of pixels."""
-    red, green, blue = tl.load(pixels), tl.load(pixels + 1), tl.load(pixels + 2)
-    return red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
-
-
-@triton.jit
-def _luma(red, green, blue):
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 # Else a program would be compiled for the first turn and another for the second.
@@ -90,8 +74,8 @@ def measure(x, table, gray, operation, turn, turns, size, BLOCK: tl.constexpr):
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, size * size, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            red, green, blue = _load(pixels + tl.minimum(place, last) * 3)
-            total += tl.where(place <= last, _luma(red, green, blue), 0.0)
+            red, green, blue = load_pixels(pixels, tl.minimum(place, last) * 3)
+            total += tl.where(place <= last, luma(red, green, blue), 0.0)
         tl.store(gray + crop, tl.sum(total, 0) / (size * size))
 
 
@@ -108,7 +92,7 @@ def operate(
     pixels, place = x + crop * size * size * 3, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here, place = place < size * size, tl.minimum(place, size * size - 1)
     down, across = place // size, place % size
-    red, green, blue = _load(pixels + place * 3)
+    red, green, blue = load_pixels(pixels, place * 3)
     if now == INVERT:
         red, green, blue = _inverted(red, 0), _inverted(green, 0), _inverted(blue, 0)
     elif now == POSTERIZE:
@@ -126,12 +110,12 @@ def operate(
         blue = tl.load(levels + 512 + _level(blue)) / 255.0
     elif (now == BRIGHTNESS) | (now == CONTRAST) | (now == COLOR):
         factor = _factor(amount, minus)
-        base = tl.where(now == COLOR, _luma(red, green, blue), 0.0)
+        base = tl.where(now == COLOR, luma(red, green, blue), 0.0)
         if now == CONTRAST:
             base += tl.load(gray + crop)
-        red = _unit(base + (red - base) * factor)
-        green = _unit(base + (green - base) * factor)
-        blue = _unit(base + (blue - base) * factor)
+        red = unit(base + (red - base) * factor)
+        green = unit(base + (green - base) * factor)
+        blue = unit(base + (blue - base) * factor)
     elif now == SHARPNESS:
         factor = _factor(amount, minus)
         red = _sharpened(red, pixels, down, across, factor, size)
@@ -149,11 +133,7 @@ def operate(
         square = square & (across >= centre - half) & (across < centre + half)
         red, green = tl.where(square, CUTOUT_RED, red), tl.where(square, CUTOUT_GREEN, green)
         blue = tl.where(square, CUTOUT_BLUE, blue)
-    at = out + crop * size * size * 3 + place * 3
-    kind = out.dtype.element_ty
-    tl.store(at, red.to(kind), here)
-    tl.store(at + 1, green.to(kind), here)
-    tl.store(at + 2, blue.to(kind), here)
+    store_pixels(out + crop * size * size * 3, red, green, blue, place * 3, here)
 
 
 @triton.jit
@@ -186,7 +166,7 @@ def _sharpened(x, pixels, down, across, factor, size):
             near = tl.minimum(tl.maximum(across + dx, 0), size - 1)
             total += tl.load(pixels + (y * size + near) * 3).to(tl.float32)
     soft = tl.where(inside, total / 13.0, x)
-    return _unit(soft + (x - soft) * factor)
+    return unit(soft + (x - soft) * factor)
 
 
 @triton.jit
@@ -211,12 +191,12 @@ def _sheared(pixels, down, across, upright, amount, minus, size):
             weight = (d - 1.0) * d * d
         near = tl.minimum(tl.maximum(reads + tap, 0), size - 1)
         place = tl.where(upright, near * size + line, line * size + near)
-        r, g, b = _load(pixels + place * 3)
+        r, g, b = load_pixels(pixels, place * 3)
         red, green, blue = red + weight * r, green + weight * g, blue + weight * b
     centre = along.to(tl.float64) + half + shift
     inside = (centre >= 0) & (centre < size)
-    red, green = tl.where(inside, _unit(red), FILL), tl.where(inside, _unit(green), FILL)
-    return red, green, tl.where(inside, _unit(blue), FILL)
+    red, green = tl.where(inside, unit(red), FILL), tl.where(inside, unit(green), FILL)
+    return red, green, tl.where(inside, unit(blue), FILL)
 
 
 @triton.jit
@@ -226,6 +206,6 @@ def _moved(pixels, down, across, own, size):
     y = (tl.load(own + 5) + tl.load(own + 3) * across + tl.load(own + 4) * down) >> FIXED
     inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
     x, y = tl.minimum(tl.maximum(x, 0), size - 1), tl.minimum(tl.maximum(y, 0), size - 1)
-    red, green, blue = _load(pixels + (y * size + x) * 3)
+    red, green, blue = load_pixels(pixels, (y * size + x) * 3)
     red, green = tl.where(inside, red, FILL), tl.where(inside, green, FILL)
     return red, green, tl.where(inside, blue, FILL)

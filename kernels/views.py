@@ -1,11 +1,11 @@
 """All views of a group from uint8 pixels: resize, colours, blur and mixing in four launches.
 
 `fastidmm.augment.render` is the definition; on a CPU `views_cpu` does the work. What differs here:
-sums run in another order, pixels and weights of a resize meet in fp16 with fp32 sums, and a bicubic
-resize is clamped after its second pass alone: below 1/255 on average, and beside hard edges a few
-1/255 where it is bicubic. RandAugment is `randaugment`'s, between `tint` and `finish`. What the
-kernels do not know, a blur beside RandAugment or Mixup, is done to resized crops by the plain
-renderer's own functions.
+sums run in another order, rows that were resized meet their columns' weights in fp16 with fp32
+sums, and a bicubic resize is clamped after its second pass alone: below 1/255 on average, and
+beside hard edges a few 1/255 where it is bicubic. RandAugment is `randaugment`'s, between `tint`
+and `finish`. What the kernels do not know, a blur beside RandAugment or Mixup, is done to resized
+crops by the plain renderer's own functions.
 
     resize   a program per crop and block of it: source rows by sums, columns by matrix products
     means    eight programs per crop: the gray that contrast turns about, at its place in the order

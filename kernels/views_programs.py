@@ -102,8 +102,8 @@ def resize(
         sum_x = tl.dot(tl.full((ROWS, WIDE), 1.0, tl.float16), wx, sum_x)
     factor = 1.0 / (255.0 * sum_x)
     here = (y < size)[:, None] & (x < size)[None, :]
-    red, green, blue = _unit(red * factor), _unit(green * factor), _unit(blue * factor)
-    _store(_of(out, crop, size), red, green, blue, _place(y, x, size), here)
+    red, green, blue = unit(red * factor), unit(green * factor), unit(blue * factor)
+    store_pixels(_of(out, crop, size), red, green, blue, _place(y, x, size), here)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _place(y, x, size):
 
 
 @triton.jit
-def _load(crop, at):
+def load_pixels(crop, at):
     """Three channels of pixels at places within a crop."""
     pixels = crop + at
     red, green, blue = tl.load(pixels), tl.load(pixels + 1), tl.load(pixels + 2)
@@ -127,7 +127,7 @@ def _load(crop, at):
 
 
 @triton.jit
-def _store(crop, red, green, blue, at, here):
+def store_pixels(crop, red, green, blue, at, here):
     """Store pixels at places within a crop."""
     pixels = crop + at
     kind = crop.dtype.element_ty
@@ -143,12 +143,14 @@ def _flat(x, share, ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _unit(x):
+def unit(x):
+    """Clamped to [0, 1]."""
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
-def _luma(red, green, blue):
+def luma(red, green, blue):
+    """Brightness as the eye weighs it."""
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
@@ -156,7 +158,7 @@ def _luma(red, green, blue):
 def _turn(x, sixths, value, chroma):
     """One channel of a colour of so many sixths of a turn, its own offset included."""
     k = sixths - 6.0 * tl.floor(sixths / 6.0)
-    return value - chroma * _unit(tl.minimum(k, 4.0 - k))
+    return value - chroma * unit(tl.minimum(k, 4.0 - k))
 
 
 @triton.jit
@@ -191,11 +193,11 @@ def _jitter(red, green, blue, order, factors, mean, before_contrast: tl.constexp
             if now == 3:
                 red, green, blue = _hue(red, green, blue, factor)
             else:
-                gray = _luma(red, green, blue)
+                gray = luma(red, green, blue)
                 base = tl.where(now == 2, gray, tl.where(now == 1, mean, 0.0))
-                red = _unit(base + (red - base) * factor)
-                green = _unit(base + (green - base) * factor)
-                blue = _unit(base + (blue - base) * factor)
+                red = unit(base + (red - base) * factor)
+                green = unit(base + (green - base) * factor)
+                blue = unit(base + (blue - base) * factor)
     return red, green, blue
 
 
@@ -210,11 +212,11 @@ def means(
         for start in range(split * BLOCK, size * size, SPLITS * BLOCK):
             place = start + tl.arange(0, BLOCK)
             last = tl.minimum(place, size * size - 1)
-            red, green, blue = _load(_of(resized, crop, size), last * 3)
+            red, green, blue = load_pixels(_of(resized, crop, size), last * 3)
             red, green, blue = _jitter(
                 red, green, blue, order + crop * 4, factors + crop * 4, 0.0, True
             )
-            total += tl.where(place < size * size, _luma(red, green, blue), 0.0)
+            total += tl.where(place < size * size, luma(red, green, blue), 0.0)
         tl.store(part + crop * SPLITS + split, tl.sum(total, 0))
 
 
@@ -229,7 +231,7 @@ def tint(
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         here = place < size * size
         at, pixels = tl.minimum(place, size * size - 1) * 3, _of(resized, crop, size)
-        red, green, blue = _load(pixels, at)
+        red, green, blue = load_pixels(pixels, at)
         if jittered:
             sums = tl.load(part + crop * SPLITS + tl.arange(0, SPLITS))
             mean = tl.sum(sums, 0) / (size * size)
@@ -237,9 +239,9 @@ def tint(
                 red, green, blue, order + crop * 4, factors + crop * 4, mean, False
             )
         if grayed:
-            shade = _luma(red, green, blue)
+            shade = luma(red, green, blue)
             red, green, blue = shade, shade, shade
-        _store(pixels, red, green, blue, at, here)
+        store_pixels(pixels, red, green, blue, at, here)
 
 
 @triton.jit
@@ -308,14 +310,14 @@ def finish(
     else:
         for begin in range(first, end, ROWS):
             y = begin + tl.arange(0, ROWS)
-            red, green, blue = _load(pixels, _mirrored(crop, y, x, flip, size))
+            red, green, blue = load_pixels(pixels, _mirrored(crop, y, x, flip, size))
             red, green = _solarized(red, told), _solarized(green, told)
             blue = _solarized(blue, told)
             if MIXUP:
                 other, own = tl.load(partner + crop), tl.load(weight + crop)
                 there = tl.load(solarize + other) != 0
                 at = _mirrored(other, y, x, flip, size)
-                r, g, b = _load(_of(resized, other, size), at)
+                r, g, b = load_pixels(_of(resized, other, size), at)
                 red = own * red + (1.0 - own) * _solarized(r, there)
                 green = own * green + (1.0 - own) * _solarized(g, there)
                 blue = own * blue + (1.0 - own) * _solarized(b, there)
@@ -332,11 +334,11 @@ def _put(red, green, blue, y, places, colours, CUTMIX: tl.constexpr):
     if CUTMIX:
         there = tl.load(goes_to + crop)
         own = here & ~_in_box(box, crop, y, x)
-        _store(_of(out, crop, size), red, green, blue, at, own)
+        store_pixels(_of(out, crop, size), red, green, blue, at, own)
         pasted = here & _in_box(box, there, y, x)
-        _store(_of(out, there, size), red, green, blue, at, pasted)
+        store_pixels(_of(out, there, size), red, green, blue, at, pasted)
     else:
-        _store(_of(out, crop, size), red, green, blue, at, here)
+        store_pixels(_of(out, crop, size), red, green, blue, at, here)
 
 
 @triton.jit
