@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,11 @@ def test_a_tree_counts_whole_and_shared_memory_once() -> None:
     assert spent is not None and 0.45 < spent < 1.5
     assert held is not None and 70e6 < held[0] < 100e6
     assert 2e6 < held[1] < 60e6
+
+
+def test_time_shorter_than_a_tick_counts() -> None:
+    spent = [processes.cpu_seconds(os.getpid()) for _ in range(20)]
+    assert all(a is not None and b is not None and a < b for a, b in pairwise(spent))
 
 
 def test_where_the_system_counts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
