@@ -47,6 +47,7 @@ KERNELS = {
     "draws": "fastidmm.kernels.draws:draws",
     "dwconv_gelu": "fastidmm.kernels.dwconv_gelu:dwconv_gelu",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
+    "linear_add_norm": "fastidmm.kernels.linear_add_norm:linear_add_norm",
     "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",
     "linear_heads": "fastidmm.kernels.linear_heads:linear_heads",
     "randaugment": "fastidmm.kernels.randaugment:randaugment",

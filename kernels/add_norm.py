@@ -71,12 +71,16 @@ def fused(
     *,
     scale: Tensor | None = None,
     eps: float = 1e-6,
+    within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same by one kernel, computed in fp32 whatever the types."""
+    """The same by one kernel, computed in fp32 whatever the types.
+
+    A bias (D,) that is `within` the branch already has its gradient from here.
+    """
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     device = x.device.type
     to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
-    made = _AddNorm.apply(x, branch, weight, bias, scale, eps, kind, to)  # type: ignore[no-untyped-call]
+    made = _AddNorm.apply(x, branch, weight, bias, scale, eps, within, kind, to)  # type: ignore[no-untyped-call]
     return x if branch is None else made[0], made[1]
 
 
@@ -98,6 +102,7 @@ class _AddNorm(torch.autograd.Function):
         bias: Tensor,
         scale: Tensor | None,
         eps: float,
+        within: Tensor | None,
         kind: torch.dtype,
         to: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,7 @@ class _AddNorm(torch.autograd.Function):
                 )  # fmt: skip
         ctx.save_for_backward(x if branch is None else total, scale, weight, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.kinds = x.dtype, None if branch is None else branch.dtype, bias.dtype
+        ctx.kinds = [None if each is None else each.dtype for each in (x, branch, bias, within)]
         if branch is None:
             ctx.mark_non_differentiable(total)
         return total, normed
@@ -125,9 +130,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> Any:
-        """Gradients of x, branch, weight and bias."""
+        """Gradients of x, branch, weight, bias, and the bias within."""
         total, scale, weight, mean, rstd = ctx.saved_tensors
-        x_kind, branch_kind, bias_kind = ctx.kinds
+        x_kind, branch_kind, bias_kind, within_kind = ctx.kinds
         if d_normed is None:
             d_normed = torch.zeros_like(total)
         d_total = None if d_total is None else d_total.contiguous()
@@ -135,14 +140,17 @@ class _AddNorm(torch.autograd.Function):
         d_branch = None if branch_kind is None else torch.empty_like(total, dtype=branch_kind)
         num, width, shape = mean.numel(), total.shape[-1], shape_of(total.shape[-1])
         programs = max(1, min(PROGRAMS, triton.cdiv(num, shape["ROWS"])))
-        shares = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
+        sums = 2 if within_kind is None else 3
+        shares = torch.empty(sums, programs, width, dtype=torch.float32, device=total.device)
         with torch.cuda.device_of(total):
             program.backward_kernel[(programs,)](
                 d_total, d_normed.contiguous(), total, scale, weight, mean, rstd, d_x, d_branch,
-                *shares, num, total.shape[1], **shape, num_warps=WARPS,
+                shares, num, total.shape[1], WITHIN=sums == 3, **shape, num_warps=WARPS,
             )  # fmt: skip
-        d_weight, d_bias = shares.sum(1)
-        return d_x, d_branch, d_weight.to(weight.dtype), d_bias.to(bias_kind), *[None] * 4
+        d_weight, d_bias, *rest = shares.sum(1)
+        d_within = rest[0].to(within_kind) if rest else None
+        d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(bias_kind)
+        return d_x, d_branch, d_weight, d_bias, None, None, d_within, None, None
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -63,14 +63,16 @@ def backward_kernel(
     D_NORMED, TOTAL,  # (num, D)
     SCALE, WEIGHT, MEAN, RSTD,  # as above
     D_X, D_BRANCH,  # (num, D); D_BRANCH may be None
-    D_WEIGHT, D_BIAS,  # (programs, D) fp32: each program's share
-    num, tokens, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    SHARES,  # (2 or 3, programs, D) fp32: each program's of weight, bias, and the branch's bias
+    num, tokens, WITHIN: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Every so many rows by one program, which sums what they say of weight and bias."""
+    """Every so many rows by one program, which sums what they say of weight and biases."""
     column = tl.arange(0, WIDTH)
     weight = tl.load(WEIGHT + column, column < D, 0.0).to(tl.float32)
     d_weight = tl.zeros((ROWS, WIDTH), tl.float32)
     d_bias = tl.zeros((ROWS, WIDTH), tl.float32)
+    d_within = tl.zeros((ROWS, WIDTH), tl.float32)
     step = tl.num_programs(0).to(tl.int64) * ROWS
     for first in range(tl.program_id(0).to(tl.int64) * ROWS, num, step):
         row, place, here = _places(first, num, D, WIDTH, ROWS)
@@ -91,6 +93,11 @@ def backward_kernel(
             if SCALE is not None:
                 d_x *= tl.load(SCALE + _crop(row, tokens), row < num, 0.0)[:, None]
             tl.store(D_BRANCH + place, d_x.to(D_BRANCH.dtype.element_ty), here)
-    share = tl.program_id(0).to(tl.int64) * D + column
-    tl.store(D_WEIGHT + share, tl.sum(d_weight, 0), column < D)
-    tl.store(D_BIAS + share, tl.sum(d_bias, 0), column < D)
+        if WITHIN:
+            d_within += d_x
+    share = SHARES + tl.program_id(0).to(tl.int64) * D + column
+    apart = tl.num_programs(0).to(tl.int64) * D
+    tl.store(share, tl.sum(d_weight, 0), column < D)
+    tl.store(share + apart, tl.sum(d_bias, 0), column < D)
+    if WITHIN:
+        tl.store(share + 2 * apart, tl.sum(d_within, 0), column < D)

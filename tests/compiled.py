@@ -157,7 +157,7 @@ def norm_builds(architecture: int) -> dict[str, Build]:
     found = {}
     for width in (128, 192, 384, 768):
         sizes = {
-            "*fp32": "X SCALE WEIGHT BIAS TOTAL MEAN RSTD D_TOTAL D_X D_WEIGHT D_BIAS",
+            "*fp32": "X SCALE WEIGHT BIAS TOTAL MEAN RSTD D_TOTAL D_X SHARES",
             "*bf16": "BRANCH NORMED D_NORMED D_BRANCH",
             "i32": "num tokens",
             "fp32": "eps",
@@ -167,6 +167,8 @@ def norm_builds(architecture: int) -> dict[str, Build]:
             kernel = getattr(add_norm_program, f"{name}_kernel")
             own = {key: kind for key, kind in arguments.items() if key in kernel.arg_names}
             constants, options = add_norm.shape_of(width), {"num_warps": add_norm.WARPS}
+            if name == "backward":
+                constants["WITHIN"] = True
             found[f"{name} D = {width}"] = Build(kernel, own, constants, options)
     return found
 

@@ -12,6 +12,7 @@ AUGMENT = "kernels/randaugment_program.py", "randaugment_fused"
 AUGMENT_CALL = "kernels/randaugment.py", "randaugment_fused"
 DRAWS, DRAWS_CALL = ("kernels/draws_program.py", "draws"), ("kernels/draws.py", "draws")
 NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_norm.py", "add_norm")
+JOINED = "kernels/add_norm_program.py", "linear"
 LINEAR, GELU = ("kernels/linear_program.py", "linear"), ("kernels/linear_gelu.py", "linear")
 HEADS = "kernels/linear_heads.py", "linear"
 CONV, CONV_CALL = ("kernels/dwconv_gelu_program.py", "linear"), ("kernels/dwconv_gelu.py", "linear")
@@ -30,6 +31,10 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "bias's gradient with the weight": (NORMS, [("        d_bias += g\n        g *= weight[None, :]\n", "        g *= weight[None, :]\n        d_bias += g\n")]),
     "one program's share of the gradient": (NORMS_CALL, [("shares.sum(1)", "shares[:, 0]")]),
     "sum in the branch's type": (NORMS_CALL, [("torch.promote_types(x.dtype, branch.dtype)", "branch.dtype")]),
+    "a layer's bias without the branch's factor": (JOINED, [("        if WITHIN:\n            d_within += d_x\n", ""), ("        if D_BRANCH is not None:\n", "        if WITHIN:\n            d_within += d_x\n        if D_BRANCH is not None:\n")]),
+    "a layer's bias from one turn": (JOINED, [("            d_within += d_x\n", "            d_within = d_x\n")]),
+    "a layer's bias for the norm's": (JOINED, [("share + 2 * apart, tl.sum(d_within, 0)", "share + 2 * apart, tl.sum(d_bias, 0)")]),
+    "a layer's bias added twice": (("kernels/linear_add_norm.py", "linear"), [("weight, bias.detach())", "weight, 2 * bias.detach())")]),
     "GELU's gradient without its density": (LINEAR, [(" + x * density", "")]),
     "GELU by a tangent": (LINEAR, [("    return tl.exp2(power * far - 1)", "    return tl.sigmoid(-1.5957691216 * (far + 0.044715 * far * far * far))")]),
     "a bias's gradient from one turn": (LINEAR, [("        shares += d_x\n", "        shares = d_x\n")]),

@@ -2,23 +2,24 @@
 
 Where a branch joins the tokens, sum and norm are one operation (`kernels/add_norm.py`). Where a
 model gives nothing but its class token, its last block makes nothing else: queries, projection and
-hidden layer of the other tokens are read by nobody. Biases of wide layers have their gradients from
-who writes those of the layer (`kernels/linear_gelu.py`, `kernels/linear_heads.py`), and a pyramid's
-hidden layers are convolved by a kernel (`kernels/dwconv_gelu.py`).
+hidden layer of the other tokens are read by nobody. Biases have their gradients from who writes
+those of their layer (`kernels/linear_gelu.py`, `linear_heads.py`, `linear_add_norm.py`), and a
+pyramid's hidden layers are convolved by a kernel (`kernels/dwconv_gelu.py`).
 """
 
 # ruff: noqa: E402
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastidmm.backbones.drop import DropPath
+from fastidmm.backbones.drop import Dropout, DropPath
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.kernels.add_norm import add_norm
 from fastidmm.kernels.dwconv_gelu import dwconv_gelu
+from fastidmm.kernels.linear_add_norm import linear_add_norm
 from fastidmm.kernels.linear_gelu import linear_gelu
 from fastidmm.kernels.linear_heads import linear_heads
 
@@ -26,6 +27,17 @@ make_torchvision_importable()
 from timm.layers import Mlp
 from timm.models import pvt_v2
 from timm.models import vision_transformer as vit
+
+
+class Branch(NamedTuple):
+    """What a branch says of the tokens: x (C, L, H), or what its last layer makes of it."""
+
+    x: Tensor
+    layer: nn.Linear | None = None
+
+    def whole(self) -> Tensor:
+        """With the last layer (C, L, D)."""
+        return self.x if self.layer is None else self.layer(self.x)
 
 
 class LightBlocks(nn.Sequential):
@@ -36,13 +48,16 @@ class LightBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """What timm's blocks make of the tokens, one after the other."""
 
-        def attention(block: Any, normed: Tensor, *, alone: bool) -> Tensor:
-            mixed: Tensor = block.ls1(attended(block.attn, normed, alone=alone))
-            return mixed
+        def attention(block: Any, normed: Tensor, *, alone: bool) -> Branch:
+            mixed = attended(block.attn, normed, alone=alone)
+            return last(mixed, block.attn.proj, block.attn.proj_drop, block.ls1)
 
-        def hidden(block: Any, normed: Tensor) -> Tensor:
-            made: Tensor = block.ls2(fed_forward(block.mlp, normed))
-            return made
+        def hidden(block: Any, normed: Tensor) -> Branch:
+            mlp = block.mlp
+            if not _by_gelu(mlp):
+                return Branch(block.ls2(mlp(normed)))
+            made = linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias)
+            return last(mlp.norm(mlp.drop1(made)), mlp.fc2, mlp.drop2, block.ls2)
 
         return through(self, x, attention, hidden, alone=self.alone)
 
@@ -56,11 +71,10 @@ class LightStage(pvt_v2.PyramidVisionTransformerStage):  # type: ignore[misc]
             x = self.downsample(x)
         size = x.shape[1:3]
 
-        def attention(block: Any, normed: Tensor, *, alone: bool) -> Tensor:
-            mixed: Tensor = block.attn(normed, size)
-            return mixed
+        def attention(block: Any, normed: Tensor, *, alone: bool) -> Branch:
+            return Branch(block.attn(normed, size))
 
-        def hidden(block: Any, normed: Tensor) -> Tensor:
+        def hidden(block: Any, normed: Tensor) -> Branch:
             return fed_among_neighbours(block.mlp, normed, size)
 
         tokens = self.norm(through(self.blocks, x.flatten(1, 2), attention, hidden))
@@ -71,8 +85,8 @@ class LightStage(pvt_v2.PyramidVisionTransformerStage):  # type: ignore[misc]
 def through(
     blocks: Iterable[Any],
     x: Tensor,
-    attention: Callable[..., Tensor],
-    hidden: Callable[[Any, Tensor], Tensor],
+    attention: Callable[..., Branch],
+    hidden: Callable[[Any, Tensor], Branch],
     *,
     alone: bool = False,
 ) -> Tensor:
@@ -90,20 +104,39 @@ def through(
         if following is None:
             break
         x, normed = _joined(x, mixed, following.norm1, block.drop_path2)
-    passed: Tensor = x + block.drop_path2(mixed)
+    passed: Tensor = x + block.drop_path2(mixed.whole())
     return passed
 
 
 def _joined(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, path: nn.Module | None = None
+    x: Tensor, branch: Branch | None, norm: nn.LayerNorm, path: nn.Module | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tokens with what a branch adds to them, and those normalised."""
     scale = path.of(x) if isinstance(path, DropPath) else None
-    return add_norm(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
+    given, layer = (None, None) if branch is None else branch
+    if given is None or layer is None:
+        return add_norm(x, given, norm.weight, norm.bias, scale=scale, eps=norm.eps)
+    of_layer = layer.weight, layer.bias
+    return linear_add_norm(x, given, *of_layer, norm.weight, norm.bias, scale=scale, eps=norm.eps)
+
+
+def last(x: Tensor, layer: nn.Module, *after: nn.Module) -> Branch:
+    """A branch's last layer, left to who adds it to the tokens where nothing comes after."""
+    idle = all(
+        type(each) is nn.Identity or (type(each) is Dropout and each.p == 0) for each in after
+    )
+    if idle and type(layer) is nn.Linear and layer.bias is not None:
+        return Branch(x, layer)
+    for each in (layer, *after):
+        x = each(x)
+    return Branch(x)
 
 
 def attended(attn: vit.Attention, x: Tensor, *, alone: bool = False) -> Tensor:
-    """Attention among normalised tokens (C, L, D), for all of them or the first `alone`."""
+    """What the heads make of normalised tokens (C, L, D), for all or the first `alone`: (C, L, D).
+
+    The projection is yet to come.
+    """
     weight, bias = attn.qkv.weight, attn.qkv.bias
     if alone:
         shape, sizes = (attn.num_heads, attn.head_dim), [len(weight) // 3, len(weight) // 3 * 2]
@@ -115,30 +148,15 @@ def attended(attn: vit.Attention, x: Tensor, *, alone: bool = False) -> Tensor:
     else:
         q, k, v = linear_heads(x, weight, bias, attn.num_heads)
     mixed = functional.scaled_dot_product_attention(q, k, v)
-    projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).flatten(2)))
-    return projected
+    return mixed.transpose(1, 2).flatten(2)
 
 
-def fed_forward(mlp: Any, x: Tensor) -> Tensor:
-    """A block's hidden layer and what it says of tokens (C, L, D), whatever kind it is."""
-    made: Tensor
-    if _by_gelu(mlp):
-        hidden = linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias)
-        made = mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(hidden))))
-    else:
-        made = mlp(x)
-    return made
-
-
-def fed_among_neighbours(mlp: Any, x: Tensor, size: Sequence[int]) -> Tensor:
-    """The same of a pyramid's block, whose hidden layer sees the tokens around on a map."""
-    made: Tensor
-    if _by_dwconv(mlp):
-        hidden = dwconv_gelu(mlp.fc1(x), mlp.dwconv.weight, mlp.dwconv.bias, size)
-        made = mlp.drop(mlp.fc2(mlp.drop(hidden)))
-    else:
-        made = mlp(x, size)
-    return made
+def fed_among_neighbours(mlp: Any, x: Tensor, size: Sequence[int]) -> Branch:
+    """What a pyramid's hidden layer, which sees the tokens around on a map, says of (C, L, D)."""
+    if not _by_dwconv(mlp):
+        return Branch(mlp(x, size))
+    made = dwconv_gelu(mlp.fc1(x), mlp.dwconv.weight, mlp.dwconv.bias, size)
+    return last(mlp.drop(made), mlp.fc2, mlp.drop)
 
 
 def lighten(model: nn.Module) -> nn.Module:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_linear import FUSED, PLAIN, result, truth
-from torch import Tensor
+from test_linear import FUSED, PLAIN, compared, result
 
-from fastidmm.kernels import dwconv_gelu, linear_gelu
+from fastidmm.kernels import add_norm, dwconv_gelu, linear_gelu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,22 +27,20 @@ def given(op: str, width: int, kind: torch.dtype = torch.float32) -> dict[str, A
             "bias": torch.randn(width, generator=random).cuda(),
             "size": (10, 7),
         }
-    out = width * {"gelu": 4, "heads": 3}[op]
+    out = width * {"gelu": 4, "heads": 3, "joined": 1}[op]
     found: dict[str, Any] = {
         "x": torch.randn(37, 50, width, generator=random).to(kind).cuda(),
         "weight": (torch.randn(out, width, generator=random) / width**0.5).cuda(),
         "bias": torch.randn(out, generator=random).cuda(),
     }
-    return found if op == "gelu" else {**found, "heads": width // 16}
-
-
-def compared(
-    op: str, asked: dict[str, Any], found: dict[str, Tensor], plain: dict[str, Tensor]
-) -> None:
-    for key, value in truth(op, asked).items():
-        assert found[key].dtype == plain[key].dtype, key
-        worst = 1.5 * float((plain[key] - value).abs().max()) + 1e-6 * float(value.abs().max())
-        assert float((found[key] - value).abs().max()) <= worst, key
+    if op == "heads":
+        found["heads"] = width // 16
+    if op == "joined":
+        found["branch"] = found["x"]
+        found["x"] = torch.randn(37, 50, width, generator=random).cuda()
+        found["norm_weight"], found["norm_bias"] = torch.randn(2, width, generator=random).cuda()
+        found["scale"] = ((torch.rand(37, generator=random) > 0.1).float() / 0.9).cuda()
+    return found
 
 
 @pytest.mark.parametrize("op", FUSED)
@@ -84,7 +81,7 @@ def test_maps_of_every_stage(side: int) -> None:
 
 @pytest.mark.parametrize("op", FUSED)
 def test_programs_that_take_several_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (linear_gelu, dwconv_gelu):
+    for module in (linear_gelu, dwconv_gelu, add_norm):
         monkeypatch.setattr(module, "PROGRAMS", 6)
     asked = given(op, 48)
     compared(op, asked, result(FUSED[op], asked), result(PLAIN[op], asked))
