@@ -6,7 +6,7 @@ Each part is a process of its own, since a GPU's fault ends all that its process
 each, OUT/result.json has what it found, OUT/log.txt what it printed: a run cut short has lost
 nothing. PHOTOS is a folder as `fastidmm prepare --dataset folder` takes it. First the part
 `tests`, and with what that finds mended, the others: in the order of their worth, for as long as
-there is time; what is left over goes by name another day.
+there is time; what is left over goes by name another day. All of it ends within ten minutes.
 """
 
 import json
@@ -21,12 +21,14 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastidmm.bench import loader, loss, step, views
 from fastidmm.bench.loader_child import STOCK
@@ -39,6 +41,7 @@ from fastidmm.run import run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 AHEAD, COMPILED = ["run.views_ahead=true"], ["run.compile=true"]
+ALL, OF_A_FILE, SHORTEST, GRACE = 560.0, 300.0, 30.0, 15.0  # seconds
 CACHE = 8000  # MB of decoded pictures, more than the photographs have
 
 
@@ -55,24 +58,33 @@ def versions() -> dict[str, Any]:
     return {"packages": found, "surroundings": surroundings()}
 
 
-def gpu_tests() -> dict[str, Any]:
-    """`pytest -m gpu`, the files that have such tests: their statuses. A fault ends one file's."""
-    files = [
-        *sorted((ROOT / "tests" / "gpu").glob("test_*.py")),
-        ROOT / "tests" / "test_loaders.py",
-    ]
+def gpu_tests(out: Path) -> dict[str, Any]:
+    """`pytest -m gpu`, the files that have such tests: their statuses, each told as it ends.
+
+    All at once, since most of their time is Python's and the compiler's. A fault, or a test that
+    hangs, ends one file's.
+    """
+    folder = ROOT / "tests"
+    files = [*sorted((folder / "gpu").glob("test_*.py")), folder / "test_loaders.py"]
     # Releases of other packages there may warn of what is no mistake here.
     words = [
         sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "-m", "gpu", "--durations=5",
-        "-W", "default::DeprecationWarning", "-W", "default::UserWarning",
+        "-W", "default",
     ]  # fmt: skip
     environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
-    return {
-        file.name: subprocess.run(
-            [*words, str(file)], cwd=ROOT, check=False, env=environ
-        ).returncode
-        for file in files
-    }
+    found: dict[str, Any] = {}
+
+    def tested(file: Path) -> None:
+        with tempfile.TemporaryFile("w+") as log:
+            status = ended([*words, str(file)], log, OF_A_FILE, environ)
+            log.seek(0)
+            print(log.read(), flush=True)
+        found[file.name] = "has none for here" if status == 5 else status
+        (out / "part.json").write_text(json.dumps(found))
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(tested, files))
+    return found
 
 
 def plain_loaders(photos: Path, device: torch.device) -> dict[str, Any]:
@@ -100,9 +112,11 @@ def apart(device: torch.device, **settings: Any) -> dict[str, Any]:
 
 
 def by_cudnn(device: torch.device) -> dict[str, Any]:
-    """A step whose attention is cuDNN's, which runs do without."""
+    """A step whose attention is cuDNN's, which runs do without; flash where cuDNN has none."""
     vars(torch.backends.cuda)["enable_cudnn_sdp"] = lambda enabled: None
-    return step.measure(device, quick=True)
+    kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kinds, set_priority=True):
+        return step.measure(device, quick=True)
 
 
 def within_24_gb(device: torch.device) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
     high: dict[str, Any] = {"method": "supervised", "quick": True}
     return {
         "versions": (60, versions),
-        "tests": (480, gpu_tests),
+        "tests": (480, lambda: gpu_tests(out)),
         "step": (120, lambda: step.measure(device, trace=out / "trace.json.gz")),
         "views": (
             120, lambda: [views.measure(device, quick=True, size=size) for size in (112, 224)]
@@ -181,26 +195,35 @@ def parts(out: Path, photos: Path) -> dict[str, tuple[float, Callable[[], Any]]]
         "memory": (180, lambda: within_24_gb(device)),
         "loaders": (420, lambda: plain_loaders(photos, device)),
         "loaders_dali": (420, lambda: dali_loaders(photos, device)),
-        "headline": (580, lambda: real_run(out, photos, 800, 200)),
+        "headline": (540, lambda: real_run(out, photos, 800, 200)),
     }  # fmt: skip
 
 
 def one(out: Path, photos: Path, name: str) -> None:
     """One part in this process: what it found goes to OUT/part.json."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it is late"))  # by way of every `finally`
     logging.basicConfig()
     logging.getLogger("fastidmm").setLevel(logging.DEBUG)  # why steps are not captured, in full
     found = parts(out, photos)[name][1]()
     (out / "part.json").write_text(json.dumps(found, default=str))
 
 
-def ended(words: list[str], log: IO[str], seconds: float) -> int | str:
-    """The status of a part's process; one that is late ends with all that it began."""
+def ended(
+    words: list[str], log: IO[str], seconds: float, environ: dict[str, str] | None = None
+) -> int | str:
+    """The status of a process; one that is late is asked to end, then all it began is ended."""
     print(f"\n=== {words[-1]}", file=log, flush=True)
-    child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    child = subprocess.Popen(
+        words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT, env=environ
+    )
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
-        for pid in tree(child.pid):  # loaders have sessions of their own
+        begun = tree(child.pid)  # loaders have sessions of their own
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        for pid in {*begun, *tree(child.pid)}:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.wait()
@@ -219,12 +242,17 @@ def main() -> None:
     chosen = sys.argv[3:] or list(known)
     if strange := set(chosen) - set(known):
         sys.exit(f"no part is called {', '.join(sorted(strange))}: choose from {' '.join(known)}")
+    whole = time.perf_counter()
     for name in chosen:
         began = time.perf_counter()
+        limit = min(known[name][0], whole + ALL - began)
+        if limit < SHORTEST:
+            print(f"{name}: no time is left for it", flush=True)
+            continue
         part.unlink(missing_ok=True)  # of a go that was cut short
         words = [sys.executable, __file__, str(out), str(photos), "--one", name]
         with (out / "log.txt").open("a") as log:
-            status = ended(words, log, known[name][0])
+            status = ended(words, log, limit)
         result[name] = {
             "status": status,
             "seconds": round(time.perf_counter() - began, 1),

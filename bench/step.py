@@ -198,7 +198,7 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
     for repeat in range(-1, repeats):
         spent = {}
         for name, work in arms.items():
-            if captured is not None and not captured.num_kinds and name == "step":
+            if captured is not None and captured.is_emptied and name == "step":
                 warm_up(parts, captured)  # graphs gave their memory to what came before
             spent[name] = _mean(device, steps, work)
         spent |= _parts(parts, coming, steps)

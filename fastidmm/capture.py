@@ -151,6 +151,11 @@ class Captured:
         """Kinds of steps that are replayed by now."""
         return len(self._graphs)
 
+    @property
+    def is_emptied(self) -> bool:
+        """Whether there are no graphs, and could be."""
+        return not self._graphs and not self._impossible
+
     def _recordings(self) -> Callable[[], Recording]:
         return self._given or partial(CudaGraph, torch.cuda.graph_pool_handle())
 

@@ -76,7 +76,7 @@ def test_views_take_the_memory_of_graphs_where_there_is_no_other(
 
     monkeypatch.setattr(Captured, "_views", scarce)
     found = [told(captured.step(number)) for number in range(6)]
-    assert found == plainly(plain, 6) and held and not captured.num_kinds
+    assert found == plainly(plain, 6) and held and captured.is_emptied
 
 
 def test_a_graph_is_not_replayed_whose_memory_went_for_its_views(

@@ -3,14 +3,15 @@
 import inspect
 import json
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 
-from fastidmm.bench import gpu_check, loader, loss, step, views
+from fastidmm.bench import gpu_check, loader, loss, processes, step, views
 from fastidmm.kernels import add_norm, linear_gelu
 from fastidmm.recipe import Recipe, with_settings
 
@@ -67,6 +68,78 @@ def test_other_subjects_are_asked_in_their_words(part: str, asked: Asked) -> Non
 def test_no_part_outlasts_a_command() -> None:
     """Which has ten minutes."""
     assert max(seconds for seconds, _ in gpu_check.parts(Path(), Path()).values()) < 600
+
+
+SLEEPER = """
+import signal, subprocess, sys, time
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(child.pid, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7) if sys.argv[1] == "polite" else None)
+try:
+    time.sleep(600)
+    time.sleep(600)
+finally:
+    print("left in order", flush=True)
+"""
+
+
+@pytest.mark.parametrize("manner", ["polite", "deaf"])
+def test_a_late_part_saves_what_it_has_and_leaves_nothing_behind(
+    manner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "GRACE", 5.0 if manner == "polite" else 0.5)
+    with (tmp_path / "log").open("w+") as log:
+        status = gpu_check.ended([sys.executable, "-c", SLEEPER, manner], log, 3.0)
+        log.seek(0)
+        said = log.read().split("\n")
+    assert status == "not done after 3 s"
+    assert ("left in order" in said) == (manner == "polite")
+    child, until = int(said[2]), time.monotonic() + 60
+    while processes._stat(child)[:1] not in ([], ["Z"]):  # the system has yet to end it
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("left", [700.0, 45.0, 20.0])
+def test_all_parts_end_within_a_command(
+    left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part has what is left, where that is worth beginning."""
+    limits: list[float] = []
+
+    def end(words: list[str], log: IO[str], seconds: float) -> int:
+        limits.append(seconds)
+        return 0
+
+    monkeypatch.setattr(gpu_check, "ALL", left)
+    monkeypatch.setattr(gpu_check, "ended", end)
+    words = ["gpu_check.py", str(tmp_path / "out"), str(tmp_path), "versions", "step"]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu_check.main()
+    wanted = {700.0: [60, 120], 45.0: [45, 45], 20.0: []}[left]
+    assert limits == pytest.approx(wanted, abs=2)
+    assert ("step: no time is left for it" in capsys.readouterr().out) == (not wanted)
+
+
+def test_files_of_tests_are_told_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own words in the log; a file whose tests all need what is not there has 5."""
+
+    def end(words: list[str], log: IO[str], seconds: float, environ: dict[str, str]) -> int | str:
+        file = Path(words[-1])
+        assert file.exists() and environ["TRITON_INTERPRET"] == "0"
+        print(f"log of {file.name}", file=log)
+        late = "not done after 300 s" if file.name == "test_loss_on_device.py" else 0
+        return 5 if file.name == "test_dali_on_device.py" else late
+
+    monkeypatch.setattr(gpu_check, "ended", end)
+    found = gpu_check.gpu_tests(tmp_path)
+    assert json.loads((tmp_path / "part.json").read_text()) == found and len(found) == 8
+    assert found["test_dali_on_device.py"] == "has none for here"
+    assert found["test_loss_on_device.py"] == "not done after 300 s"
+    assert found["test_loaders.py"] == 0
+    assert capsys.readouterr().out.count("log of test_") == 8
 
 
 def test_what_a_part_found_is_kept_whatever_the_next_does(

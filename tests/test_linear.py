@@ -122,7 +122,7 @@ def test_rows_that_many_programs_share(num: int, monkeypatch: pytest.MonkeyPatch
     maps = {"x": torch.randn(num, 6, 210, generator=random), "size": (3, 2), "bias": given["bias"]}
     maps["weight"] = torch.randn(210, 1, 3, 3, generator=random)
     tokens = {"x": torch.randn(num, 3, 210, generator=random), "branch": given["x"]}
-    tokens |= {"norm_weight": given["bias"] + 1, "norm_bias": given["bias"], "eps": 1e-5}
+    tokens |= {"norm_weight": given["bias"] + 1, "norm_bias": given["bias"]}
     asked: dict[str, dict[str, Any]] = {
         "gelu": given, "heads": {**given, "heads": 2}, "joined": given | tokens, "dwconv": maps
     }  # fmt: skip

@@ -92,7 +92,12 @@ def made(
 ) -> Planned:
     """A loader of IDMM's views of a store."""
     method, _ = assembled("idmm")
-    return kind(store, method, Counters(5), batch_size=BATCH, dtype=dtype, device=device)
+    # A process for each core of a large machine would take longer to start than its batches.
+    few = {"workers": 2} if "workers" in kind.Options.model_fields else {}
+    options = kind.Options.model_validate(few)
+    return kind(
+        store, method, Counters(5), batch_size=BATCH, dtype=dtype, device=device, options=options
+    )
 
 
 Make = Callable[..., Planned]

@@ -15,11 +15,15 @@ pytestmark = [
 
 
 def drawn(queries: int, keys: int, shift: float) -> list[Tensor]:
-    """Queries, keys, values and the gradient, whose scores lie about `shift`."""
+    """Queries, keys, values and the gradient, whose scores lie about `shift`.
+
+    By queries far out: with keys as far, the rounding of a sum that is 0 would be all that the
+    gradient of queries has there.
+    """
     random = torch.Generator().manual_seed(keys)
     sizes = [queries, keys, keys, queries]
     q, k, v, g = (torch.randn(24, 3, size, 64, generator=random) for size in sizes)
-    q[..., 0], k[..., 0] = 1.0, 8 * shift
+    q[..., 0], k[..., 0] = 8 * shift, 1.0
     return [each.bfloat16().cuda() for each in (q, k, v, g)]
 
 
