@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pytest
 import typer
 
 from fastidmm.cli import app
+from fastidmm.errors import UsageError
+from fastidmm.recipe import Recipe, with_settings
+from fastidmm.registry import LOADERS, METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,6 +87,36 @@ def test_python_on_pages_uses_names_that_are_there(page: Path) -> None:
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "fastidmm":
                 assert hasattr(import_module("fastidmm"), node.attr), node.attr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_is_one(page: Path) -> None:
+    """TABLE.KEY=VALUE, whole numbers, words and switches; capitals stand for any."""
+    if page.name == "log.md":
+        return  # what was so that day
+    for told in set(re.findall(r"\b[a-z_]+\.[a-z_]+=[\w.-]+", page.read_text())):
+        check(told.rstrip("."))
+
+
+def check(told: str) -> None:
+    """Whether some method and some loader take a setting."""
+    problems = []
+    for method, loader in product(METHODS, LOADERS):
+        asked: dict[str, Any] = {"run.method": method, "run.loader": loader}
+        asked |= {"run.dataset": "demo", "run.holdout": 0.1}  # which patience needs
+        try:
+            Recipe.of(with_settings({}, asked, [told]))
+        except UsageError as problem:
+            problems.append(str(problem))
+        else:
+            return
+    pytest.fail(f"{told}: {problems[0]}")
+
+
+def test_a_setting_that_is_none_is_seen() -> None:
+    check("loader.cache=40000")
+    with pytest.raises(pytest.fail.Exception, match=r"loader\.tier=pinned"):
+        check("loader.tier=pinned")
 
 
 def test_the_notebook_runs(home: Path) -> None:

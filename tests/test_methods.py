@@ -9,7 +9,10 @@ from synthetic import assembled
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastidmm.backbones.build import BackboneOptions, build_encoder
 from fastidmm.batch import Batch, Loss, Method, Views, forward_groups
+from fastidmm.chance import Counters
+from fastidmm.methods.mocov3 import freeze_patches
 from fastidmm.registry import METHODS
 
 every_method = pytest.mark.parametrize("name", list(METHODS))
@@ -103,6 +106,15 @@ def test_parameters_are_all_trained_once(name: str) -> None:
         frozen if name == "mocov3" else set()
     )
     assert method.backbone_for_export() is method.backbone
+
+
+@pytest.mark.parametrize("name", ["pvtv2_b0", "t2t_vit_7"])
+def test_no_other_stem_is_frozen(name: str) -> None:
+    counters = Counters(0)
+    encoder = build_encoder(name, BackboneOptions(), resolution=32, counters=counters)
+    before = [p.requires_grad for p in encoder.parameters()]
+    freeze_patches(encoder)
+    assert [p.requires_grad for p in encoder.parameters()] == before
 
 
 # --- IDMM ---------------------------------------------------------------------------------------

@@ -38,6 +38,15 @@ def test_paper_and_official_differ_where_the_published_code_differs() -> None:
     assert (paper.optim.schedule, official.optim.schedule) == ("cosine", "idmm_legacy")
     assert (paper.run.precision, official.run.precision) == ("auto", "fp32")
     assert (paper.optim.lr, paper.optim.warmup_epochs) == (5e-4, 2)
+    assert (official.optim.lr, official.optim.warmup_epochs) == (5e-4, 2)
+
+
+@pytest.mark.parametrize("backbone", ["pvtv2_b0", "t2t_vit_7"])
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_rate_and_warm_up_are_the_backbones(name: str, backbone: str) -> None:
+    asked = {"run.dataset": "demo", "run.backbone": backbone}
+    optim = Recipe.of(with_settings(read_tables(name), asked, [])).optim
+    assert (optim.lr, optim.warmup_epochs) == (1e-3, 10)
 
 
 def test_defaults_are_the_papers() -> None:

@@ -59,7 +59,22 @@ def test_the_command_says_where(
     assert not end.value.code and capsys.readouterr().out == f"{NAME}: in {home / 'weights'}\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("deit_tiny", "deit_tiny_patch16_224"), ("pvtv2_b3", "pvt_v2_b3"), (f"timm:{NAME}", NAME)],
+)
+def test_a_backbone_stands_for_its_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, model: str
+) -> None:
+    made: list[tuple[str, Any]] = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **told: made.append((name, told)))
+    assert fetch_weights(name) == weights_folder()
+    assert made == [(model, {"pretrained": True, "cache_dir": weights_folder()})]
+
+
 def test_names_without_weights(home: Path) -> None:
+    with pytest.raises(UsageError, match="no weights for 'vit_micro'"):
+        fetch_weights("vit_micro")
     with pytest.raises(UsageError, match=r"no weights for 'test_vitt': the nearest are test_vit"):
         fetch_weights("test_vitt")
     assert not home.exists()

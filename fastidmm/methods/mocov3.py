@@ -126,8 +126,11 @@ class MoCoV3(Taught):
 
 
 def freeze_patches(backbone: nn.Module) -> None:
-    """Leave the projection of patches at its first weights; a backbone without one learns all."""
+    """Leave a plain ViT's projection of patches at its first weights; other backbones learn all.
+
+    What is published is of such patches: a convolution whose windows overlap, PVTv2's, is none.
+    """
     patches = getattr(getattr(backbone, "model", None), "patch_embed", None)
     projection = getattr(patches, "proj", None)
-    if isinstance(projection, nn.Module):
+    if isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride:
         projection.requires_grad_(False)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastidmm.errors import DataError, UsageError
 from fastidmm.places import home
+from fastidmm.registry import BACKBONES, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,8 @@ def weights_folder() -> Path:
 def fetch_weights(name: str) -> Path:
     """Fetch the weights of timm's model `name` (or `timm:name`), and see that they load into it.
 
+    A backbone's own name stands for the model whose weights `--init timm` takes.
+
     A UsageError for a name without weights, and where the hub cannot be reached. Returns the
     folder of the cache; what is in it already is not fetched again.
     """
@@ -28,6 +31,8 @@ def fetch_weights(name: str) -> Path:
     import httpx
     import timm
 
+    if name in BACKBONES:
+        name = find("backbone", name).weights or name
     name = name.removeprefix("timm:")
     known = timm.list_models(pretrained=True)
     if name not in known and not timm.is_model_pretrained(name):
