@@ -82,7 +82,8 @@ def prepare(
     ] = Format.STORE,
     listing: Annotated[bool, typer.Option("--list", help="Show what can be prepared.")] = False,
     weights: Annotated[
-        str | None, typer.Option(help="Fetch the weights of a backbone, or of one of timm's models.")
+        str | None,
+        typer.Option(help="Fetch the weights of a backbone, or of one of timm's models."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastidmm.errors import UsageError
 from fastidmm.record import RECIPE, Record, stages
@@ -20,6 +20,15 @@ VERDICTS = {
 NEAR = 1.1  # times as long is no other budget
 
 
+class Images(NamedTuple):
+    """What a run learnt from."""
+
+    dataset: str
+    split: str  # the training split's fingerprint
+    num: int
+    chosen: tuple[int, float, int] | None  # seed, share held out, and number, that chose of them
+
+
 @dataclass(frozen=True, slots=True)
 class Compared:
     """A run: its scores by measure, and what they cost."""
@@ -27,7 +36,7 @@ class Compared:
     folder: Path
     scores: dict[str, Arm]
     budget: dict[str, Any]
-    images: tuple[str, str, int]  # the dataset, its training split's fingerprint, images of it
+    images: Images
     tested: str | None  # fingerprint of the test split as `evaluate` saw it
     seconds: float
 
@@ -44,6 +53,8 @@ class Compared:
         learnt = [stage for stage in learnt if stage.finished]
         tuned = {stage.resolution: stage for stage in learnt}
         everything = list(dict.fromkeys([record, *tuned.values()]))
+        some = run.holdout or run.num_images
+        chosen = (run.seed, run.holdout, run.num_images) if some else None
         budget = {
             "training images": started["num_train"],
             "pretraining epochs": 0 if run.method == "supervised" else run.epochs,
@@ -54,7 +65,7 @@ class Compared:
             folder,
             {**_frozen(evaluation), **_tuned(tuned, evaluation)},
             budget,
-            (run.dataset, started["train_fingerprint"], started["num_train"]),
+            Images(run.dataset, started["train_fingerprint"], started["num_train"], chosen),
             evaluation.get("test_fingerprint") if evaluation else None,
             sum(float(each.state.get("seconds", 0.0)) for each in everything),
         )
@@ -62,13 +73,15 @@ class Compared:
     def beside(self, first: "Compared", name: str) -> tuple[Measure, str]:
         """A measure of this run and of another; and why they cannot be compared, or ""."""
         measure = Measure(name, self.scores.get(name), first.scores.get(name))
-        (*ours, num), (*theirs, other) = self.images, first.images
+        ours, theirs = self.images, first.images
         if measure.pretrained is None or measure.random is None:
             return measure, ""
-        if ours != theirs:
+        if ours[:2] != theirs[:2]:
             return measure, "other images"
-        if num != other:
-            return measure, f"trained on {num} and on {other} images"
+        if ours.num != theirs.num:
+            return measure, f"trained on {ours.num} and on {theirs.num} images"
+        if ours.chosen != theirs.chosen:
+            return measure, "other images of the same dataset"
         tested = {self.tested, first.tested} - {None}
         if len(tested) > 1 or measure.pretrained.score.num != measure.random.score.num:
             return measure, "other test images"
@@ -77,7 +90,7 @@ class Compared:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         scores = {n: {**a.score.as_dict(), "epochs": a.epochs} for n, a in self.scores.items()}
-        told = {"run": str(self.folder), "dataset": self.images[0], "scores": scores}
+        told = {"run": str(self.folder), "dataset": self.images.dataset, "scores": scores}
         return {**told, "budget": self.budget, "seconds": round(self.seconds, 1)}
 
 

@@ -119,6 +119,30 @@ def test_the_same_images_are_as_many_and_tested_on_the_same(
     assert {cell.why for row in two for cell in row.cells if cell} == ({why} if two else set())
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"num_images": 8}, "other images of the same dataset"),
+        ({"holdout": 0.3}, "other images of the same dataset"),
+        ({}, ""),
+    ],
+)
+def test_images_that_another_seed_chose_are_others(
+    toy: str, asked: dict[str, Any], why: str
+) -> None:
+    """As many of the same dataset, but where all of it was learnt from."""
+    folders = [Path("runs") / name for name in ("one", "two", "same")]
+    for folder, seed in zip(folders, (0, 1, 0), strict=True):
+        stages.pretrain(recipe(epochs=1, seed=seed, **asked), folder.name)
+        scoring.evaluate(folder)
+    two, same = (
+        {c["why"] for c in compare.compare([folders[0], f])["claims"]} for f in folders[1:]
+    )
+    assert two == {why} and same == {""}
+    shown = {row.name for row in others(folders[0]).rows}
+    assert shown == ({"one", "same"} if why else {"one", "two", "same"})
+
+
 def test_the_command_prints_a_column_a_run(typed: Type, runs: list[Path]) -> None:
     status, out, _ = typed("compare", "one", "two", "short")
     head, *rows = out.splitlines()
