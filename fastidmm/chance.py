@@ -6,7 +6,7 @@ Words are int64 tensors in [0, 2**32), equal on every device.
 
 import math
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, unique
 from functools import cache
 
 import numpy as np
@@ -20,6 +20,7 @@ WORD = 0xFFFFFFFF
 TABLE_BITS = 16
 
 
+@unique
 class Use(IntEnum):
     """What a number is drawn for; different uses never share a number."""
 

@@ -214,6 +214,17 @@ def test_drops_keep_their_share_and_scale_the_rest(layer: type[DropPath | Dropou
     assert whole == (layer is DropPath)
 
 
+def test_every_path_drops_at_its_own_rate() -> None:
+    words = PathWords(Counters(0, place=torch.arange(4000)))
+    paths = [DropPath(p, block, words).train() for block, p in enumerate((0.1, 0.0, 0.5))]
+    words.draw()
+    for path in paths:
+        made, stays = path(torch.ones(4000, 1)), 1 - path.p
+        assert made[made > 0].unique().tolist() == pytest.approx([1 / stays])
+        share = float((made > 0).double().mean())
+        assert abs(share - stays) <= 4.5 * (stays * path.p / 4000) ** 0.5
+
+
 @pytest.mark.parametrize("layer", [DropPath, Dropout])
 def test_drops_are_a_function_of_counters_and_place(layer: type[DropPath | Dropout]) -> None:
     x = kept(layer)

@@ -147,6 +147,31 @@ def test_official_keeps_its_quirks_in_every_stage(toy: str) -> None:
     assert first.method.model_dump()["smoothing"] == 0.1  # pretraining alone had none
 
 
+def test_stages_keep_what_is_their_runs(toy: str) -> None:
+    """How steps are made and judged, and drop-path; each stage the optimizer of the one before."""
+    kept: dict[str, Any] = {
+        "loader": "torch", "seed": 3, "precision": "bf16", "optimizer": "fused_lamb",
+        "exact": True, "capture": False, "views_ahead": True, "compile": True, "num_images": 9,
+        "holdout": 0.25, "patience": 4, "score_every": 5, "log": "tensorboard",
+    }  # fmt: skip
+    tables = recipe(**kept).tables() | {
+        "finetune_high": {"resolution": 32, "epochs": 3, "batch_size": 4, "lr": 7e-5}
+    }
+    record = Record.create(RUN, Recipe.of(tables), training_rows(Recipe.of(tables)))
+    first = Recipe.of(stages.finetune_tables(record, pretrained=False))
+    other = Recipe.of(
+        {**first.tables(), "optim": {**first.tables()["optim"], "weight_decay": 0.07}}
+    )
+    stage = Record.create(RUN / "scratch-16", other, training_rows(other))
+    checkpoint.save(stage.checkpoints, 1, {}, {})
+    high = Recipe.of(stages.high_tables(stage))
+    for tuned in (first, high):
+        assert tuned.run.model_dump(include=set(kept)) == kept
+        assert tuned.backbone.drop_path == 0.3
+    assert (high.run.epochs, high.run.batch_size, high.optim.lr) == (3, 4, 7e-5)
+    assert (first.optim.weight_decay, high.optim.weight_decay) == (1e-3, 0.07)
+
+
 def test_a_higher_resolution_by_set_is_a_higher_resolution(toy: str) -> None:
     """And a run whose recipe has no such stage takes the usual number of epochs, unless told."""
     run, without = RUN, {"finetune_high": {"epochs": 0}}

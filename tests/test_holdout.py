@@ -66,7 +66,9 @@ def test_small_classes_are_held_out_by_chance_and_keep_an_image(toy: str) -> Non
     assert by_seed[0] != by_seed[1] != by_seed[2]
 
 
-@pytest.mark.parametrize("change", [{"run.holdout": 0.2}, {"run.seed": 1}, {"run.holdout": 0.3}])
+@pytest.mark.parametrize(
+    "change", [{"run.holdout": 0.2}, {"run.seed": 1}, {"run.holdout": 0.3}, {"run.num_images": 8}]
+)
 def test_a_stage_is_not_judged_by_what_the_one_before_learnt(
     toy: str, change: dict[str, Any]
 ) -> None:

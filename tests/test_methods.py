@@ -108,6 +108,18 @@ def test_parameters_are_all_trained_once(name: str) -> None:
     assert method.backbone_for_export() is method.backbone
 
 
+def test_a_skipped_step_leaves_dinos_centre() -> None:
+    """Whatever was seen in it."""
+    method, _ = assembled("dino")
+    before = method.get_buffer("centre").normal_().clone()
+    seen = {"centre": torch.full_like(before, math.nan)}
+    method.after_step(seen, torch.tensor(3), torch.tensor(True))
+    assert torch.equal(method.get_buffer("centre"), before)
+    seen = {"centre": torch.ones_like(before)}
+    method.after_step(seen, torch.tensor(3), torch.tensor(False))
+    torch.testing.assert_close(method.get_buffer("centre"), 0.9 * before + 0.1)
+
+
 @pytest.mark.parametrize("name", ["pvtv2_b0", "t2t_vit_7"])
 def test_no_other_stem_is_frozen(name: str) -> None:
     counters = Counters(0)

@@ -123,6 +123,11 @@ def augment_render(store: Store, plan: object, group: object, _: torch.dtype) ->
     return augment.render(store, plan, group)  # type: ignore[arg-type]
 
 
+def test_no_training_meets_the_crops_that_are_measured() -> None:
+    """Nor one of a thousand million epochs."""
+    assert 10**9 <= quality.NO_EPOCH < 2**32
+
+
 def test_two_crops_of_pixels_out_of_reach() -> None:
     """Those that the device cannot read are brought to it: the same crops, drawn by their rows."""
 
@@ -146,6 +151,8 @@ def test_two_crops_of_pixels_out_of_reach() -> None:
         ([0.1, 0.2, 0.3, 0.31, 0.32, 0.33], None),  # three in the later half
         ([0.3] * 12, None),
         ([0.3] * 6 + [0.30, 0.36, 0.29, 0.35, 0.28, 0.36], None),  # up and down
+        # 2.2 standard errors of a slope, whose four points leave two to tell them by.
+        ([0.1] * 4 + [0.20, 0.27, 0.24, 0.32], None),
         ([0.5] * 6 + [0.4, 0.39, 0.38, 0.37, 0.36, 0.35], None),
         ([0.1] * 6 + [0.2, 0.20001, 0.20002, 0.20003, 0.20004, 0.20005], None),  # too little
         ([], None),

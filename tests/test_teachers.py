@@ -361,20 +361,3 @@ def test_recipes_have_the_published_settings(
     assert half.optim.warmup_epochs == 0.5
     asked = Recipe.of({"run": {"dataset": "d", "method": name}, "optim": {"lr": 0.125}})
     assert asked.optim.lr == 0.125
-
-
-def test_views_are_the_published_ones() -> None:
-    def seen(name: str) -> list[tuple[Any, ...]]:
-        return [
-            (v.count, v.scale, v.interpolation, v.blur, v.solarize, v.saturation[1])
-            for v in exact(name).views
-        ]
-
-    assert seen("mocov2") == [(1, (0.2, 1.0), "bilinear", 0.5, 0.0, 1.4)] * 2
-    assert seen("mocov3") == [
-        (1, (0.08, 1.0), "bilinear", 1.0, 0.0, 1.2), (1, (0.08, 1.0), "bilinear", 0.1, 0.2, 1.2)
-    ]  # fmt: skip
-    assert seen("dino") == [
-        (1, (0.4, 1.0), "bicubic", 1.0, 0.0, 1.2), (1, (0.4, 1.0), "bicubic", 0.1, 0.2, 1.2),
-        *[(1, (0.05, 0.4), "bicubic", 0.5, 0.0, 1.2)] * 2,
-    ]  # fmt: skip
