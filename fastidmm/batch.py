@@ -191,7 +191,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def features(self, batch: Batch) -> Tensor:
-        """All that the loss needs of each crop by itself: (C, D)."""
+        """All that the loss needs of each crop by itself: (C, D), group after group."""
         raise NotImplementedError
 
     def loss_of(self, features: Tensor, batch: Batch) -> Loss:

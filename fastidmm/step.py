@@ -86,18 +86,21 @@ def _features_first(parts: Parts, batch: Batch, micros: list[Batch]) -> Loss:
     graphs are small (Gao et al., "Scaling Deep Contrastive Learning Batch Size", 2021).
     """
     method = parts.method
+    sizes = [[views.rows.numel() for views in micro.groups] for micro in micros]
     with torch.no_grad(), _autocast(parts):
-        features = torch.cat([method.features(micro) for micro in micros])
+        made = [method.features(m).split(of_m) for m, of_m in zip(micros, sizes, strict=True)]
+    # The batch's order: all crops of a group, and then those of the next.
+    features = torch.cat([part for group in zip(*made, strict=True) for part in group])
     features.requires_grad_()
     with _autocast(parts):
         loss = method.loss_of(features, batch)
     _scaled(parts, loss.total).backward()
     assert features.grad is not None, "a loss of the features has a gradient by them"
-    shares = features.grad.split([micro.num_crops for micro in micros])
-    for micro, share in zip(micros, shares, strict=True):
+    shares = features.grad.split([num for group in zip(*sizes, strict=True) for num in group])
+    for place, micro in enumerate(micros):
         with _autocast(parts):
             again = method.features(micro)
-        again.backward(share)
+        again.backward(torch.cat(shares[place :: len(micros)]))
     return replace(loss, total=loss.total.detach())
 
 

@@ -1,7 +1,9 @@
 """SimCLR and SupCon: the loss and its gradients by its formula, and what they see."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,17 @@ from torch.nn.functional import cross_entropy
 
 from fastidmm import stages
 from fastidmm.assemble import training_rows
-from fastidmm.batch import Batch
+from fastidmm.batch import Batch, Loss, forward_groups
 from fastidmm.bench.training import assembled as assembled_parts
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders.planned import Planned
 from fastidmm.methods.contrast import Contrast, contrastive
+from fastidmm.methods.simclr import SimCLR
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
+from fastidmm.registry import METHODS, find
 from fastidmm.reporting import report
 from fastidmm.step import backward
 
@@ -229,13 +233,37 @@ def test_supcon_without_labels_is_refused(home: Path, photos: MakePhotos) -> Non
         stages.pretrain(recipe("supcon"), "run")
 
 
+class Twins(SimCLR):
+    """A method whose crops see each other, of two groups and one view in each."""
+
+    def __init__(self, *given: Any, **shape: Any) -> None:
+        super().__init__(*given, **shape)
+        group = replace(self.views[0], count=1)
+        self.views = [group, replace(group, scale=(0.05, 0.3))]
+
+    def features(self, batch: Batch) -> Tensor:
+        """Group after group."""
+        features: Tensor = self.projector(torch.cat(forward_groups(self.backbone, batch.groups)))
+        return features
+
+    def loss_of(self, features: Tensor, batch: Batch) -> Loss:
+        """Each crop beside the other of its image: their order matters."""
+        kinds = torch.cat([views.rows for views in batch.groups])
+        losses, _ = contrastive(features.float(), kinds, self.temperature)
+        return Loss((losses * torch.arange(1, len(losses) + 1)).sum() / len(losses))
+
+
+APART = [name for name in METHODS if find("method", name).features_first]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["simclr", "supcon"])
+@pytest.mark.parametrize("name", [*APART, "twins"])
 @pytest.mark.parametrize("num", [2, 3, 5, 14, 40])
 def test_micro_batches_have_the_gradient_of_the_batch(
-    name: str, num: int, precision: str, tmp_path: Path
+    name: str, num: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drop-path on; parts that cut between views, of one crop, and empty ones."""
+    monkeypatch.setitem(METHODS, "twins", f"{__name__}:Twins")
     run = {
         "dataset": "made", "method": name, "backbone": "vit_micro", "resolution": 16, "epochs": 1,
         "loader": "resident", "device": "cpu", "precision": precision,
