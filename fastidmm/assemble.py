@@ -15,7 +15,7 @@ from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, OutOfMemoryError, UsageError
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
-from fastidmm.norms import share_norms
+from fastidmm.norms import check_norms, share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
 from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
@@ -210,8 +210,10 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
     same_images(record, store.fingerprint)
     counters = Counters(run.seed)
     method = build_method(recipe, store, counters)
-    if run.init and checkpoint.newest(record.checkpoints) is None:
-        say(initialise(method, record.folder, recipe))
+    if checkpoint.newest(record.checkpoints) is None:
+        check_norms(method, len(store), run.batch_size)
+        if run.init:
+            say(initialise(method, record.folder, recipe))
     share_norms(method.backbone, len(store), run.batch_size, method.cutmix_groups)
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Other kinds of CPU begin otherwise.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastidmm.batch import Method
 from fastidmm.errors import UsageError
 from fastidmm.ranks import world
 from fastidmm.shares import shares_of
@@ -47,6 +48,17 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance * num / (num - 1), self.momentum)
             self.num_batches_tracked += 1
         return y
+
+
+def check_norms(method: Method, num_images: int, batch_size: int) -> None:
+    """Refuse a last batch whose passes may be of one crop, which torch's BatchNorm cannot do."""
+    last = num_images % batch_size or min(batch_size, num_images)
+    fewest = last * min(group.count for group in method.views)
+    if fewest == 1 and any(isinstance(m, PLAIN) for m in method.backbone.modules()):
+        raise UsageError(
+            "an epoch's last batch has 1 image, too few for the BatchNorm of this backbone: choose "
+            f"a --batch-size other than {batch_size}."
+        )
 
 
 def share_norms(backbone: nn.Module, num_images: int, batch_size: int, cutmix_groups: int) -> None:

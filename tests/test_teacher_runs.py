@@ -138,3 +138,18 @@ def test_micro_batches_are_refused_where_crops_see_each_other(toy: str) -> None:
         assert three == pytest.approx(one, rel=1e-4)
         kept = "centre" if name == "dino" else "queue"
         torch.testing.assert_close(cut[kept], whole[kept], rtol=1e-3, atol=1e-4)
+
+
+def test_a_lone_image_is_too_few_for_batchnorm(toy: str) -> None:
+    """In a pass of one view each; several views of it are enough."""
+    lone = {"backbone": "timm:resnet10t", "resolution": 32, "num_images": 17, "epochs": 1}
+    with pytest.raises(UsageError, match="last batch has 1 image, too few for the BatchNorm of"):
+        stages.pretrain(recipe("mocov2", **lone), "run")
+    assert not Path("runs/run").exists()
+    found = stages.pretrain(recipe("idmm", **lone), "run")
+    assert found["steps"] == 5
+    settings = {"run.resolution": 32, "run.epochs": 1, "run.batch_size": 8}
+    with pytest.raises(UsageError, match="choose a --batch-size other than 8"):
+        stages.finetune(Path("runs/run"), settings, [])
+    assert not Path("runs/run/finetune-32").exists()
+    stages.finetune(Path("runs/run"), {**settings, "run.batch_size": 9}, [])
