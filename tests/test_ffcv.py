@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from power import Disk
 from synthetic import assembled, photograph
 
 from fastidmm import cli, store
@@ -96,6 +97,16 @@ def test_a_beton_is_made_where_it_is_missing_and_goes_with_its_store(
     monkeypatch.setenv("FASTIDMM_HOME", str(made.folder.parents[1]))
     again = mine(max_side=16)
     assert again.beton_bytes == 0 and "train.beton" not in names(again.folder)
+
+
+@needs_ffcv
+def test_a_beton_is_on_disk_before_it_has_its_name(
+    mine: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mine().folder
+    disk = Disk(folder, monkeypatch)
+    mine(beton=True)
+    assert disk.renamed == [folder / "train.beton"] and disk.amiss() == []
 
 
 def not_to_be_called(*_: object, **__: object) -> NoReturn:

@@ -22,6 +22,7 @@ from fastidmm.places import READER_VERSION, check_name, home, read_json, split_f
 from fastidmm.preparing import beton as beton_file
 from fastidmm.preparing.checks import check
 from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
+from fastidmm.preparing.files import write_whole
 from fastidmm.preparing.journal import Journal
 from fastidmm.preparing.making import Making, alone, write
 from fastidmm.preparing.pack import Packed, Packer, fingerprint_of
@@ -113,7 +114,7 @@ def prepare(
             making.clear()
             if beton:
                 beton_file.write(folder, quiet=quiet)
-        _make_current(name)
+        write_whole(home() / "current", name)
     changed = bool(before) and _learnt(before) != _learnt(told[0])
     return Summary.of(*told, folder, fresh=found is None, changed=changed)
 
@@ -303,12 +304,6 @@ def _check_enough(train: Packed, source: Source, unusable: list[Unusable]) -> No
         f"{source.root} has {count} usable training image, and training needs at least "
         f"2 images{hint}."
     )
-
-
-def _make_current(name: str) -> None:
-    marker = home() / f".current.{os.getpid()}"
-    write(marker, name)
-    marker.replace(home() / "current")
 
 
 @contextmanager
