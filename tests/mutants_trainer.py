@@ -22,6 +22,8 @@ SUPERVISED_IS = "methods::test_supervised_is_smoothed_cross_entropy_of_mixed_lab
 REPLAYED = "capture::test_replays_are_the_steps_themselves[supervised]"
 AHEAD = "capture::test_views_made_ahead_are_those_of_their_step[supervised]"
 SHARES = "fastidmm/shares.py"
+PREPARE, JOURNAL = "fastidmm/preparing/prepare.py", "fastidmm/preparing/journal.py"
+TABLE, DECODE = "fastidmm/preparing/table.py", "fastidmm/preparing/decode.py"
 RANKED = "ranks::test_losses_and_gradients_are_those_of_one_process"
 KILLED = "train::test_a_run_killed_at_any_step_resumes_to_the_same_bits[4]"
 SIGNAL = "train::test_resuming_mid_epoch_after_a_signal"
@@ -32,6 +34,12 @@ HELD = "holdout::test_held_out_rows_are_stratified_and_never_learnt"
 UNREAD = "holdout::test_with_images_held_out_the_test_split_is_not_read"
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
+    # What a dataset is prepared to.
+    "other photographs take a store's place": ((PREPARE, "prepare::test_other_photographs_do_not_take_a_name"), [("not source.own and description", "description")]),
+    "labels of before": ((PREPARE, "table::test_labels_that_were_exchanged_are_taken"), [("[item.file, item.label, *_stamp", "[item.file, *_stamp")]),
+    "a picture behind the last mark trusted": ((JOURNAL, "continue::test_what_follows_the_last_mark_is_read_again"), [("Noted(outcome, row < last)", "Noted(outcome, row <= last + 1)")]),
+    "a list split by no seed": ((TABLE, "table::test_without_a_split_one_in_five_is_held_out_by_the_seed"), [("held_out(train, names, seed)", "held_out(train, names, 0)")]),
+    "shrunk by another filter": ((DECODE, "decode::test_shrinking_is_by_lanczos_of_the_whole_or_of_twice_the_side"), [("Resampling.LANCZOS", "Resampling.BICUBIC")]),
     # What is drawn, and what a batch is made of.
     "every epoch in the same order": ((PLAN, "plan::test_every_row_comes_once_an_epoch"), [("philox((epoch, torch.arange(num_rows", "philox((0, torch.arange(num_rows")]),
     "last short batch dropped": ((PLAN, "plan::test_every_row_comes_once_an_epoch"), [("math.ceil(num_rows / batch_size)", "max(1, num_rows // batch_size)")]),

@@ -107,6 +107,17 @@ def test_a_repeated_picture_is_not_told_as_alike_too() -> None:
     assert found["alike_in_test"]["cases"][1] == {"file": "h", "like": "a", "bits": 1}
 
 
+def test_five_images_are_enough_and_32_px_not_tiny() -> None:
+    """Four of one class and five of the other; a side of 31 px is."""
+    train = packed(*((str(n), n % 2, str(n), None) for n in range(5)))
+    for high, wide, label in ((31, 40, 0), (40, 31, 0), (32, 40, 1), (40, 32, 1)):
+        file = f"{high} x {wide}"
+        train.add(Item(file, label), Facts(high, wide, file, None, ()))
+    found = check(train, Packed(), ["five", "four"], [])
+    assert found["small_classes"]["cases"] == [{"class": "four", "num_train": 4}]
+    assert [case["file"] for case in found["tiny"]["cases"]] == ["31 x 40", "40 x 31"]
+
+
 def test_lists_are_bounded_and_counts_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "LISTED", 2)
     train = packed(*((f"{n}\n", n % 2, "x", None) for n in range(50)))

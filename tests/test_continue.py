@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from power import Disk
 
 from fastidmm import store
 from fastidmm.datasets import Source
@@ -231,6 +232,38 @@ def test_what_is_marked_as_on_disk_is_not_read_again(
     data.write_bytes(pixels)
     prepare(source, "mine")
     assert contents("mine")["train.safetensors"][1024:1100] == bytes(pixels[1024:1100])
+
+
+def test_what_follows_the_last_mark_is_read_again(
+    home: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(source, "truth")
+    monkeypatch.setattr(module, "SYNC_BYTES", 500)
+    making = stopped(source, monkeypatch, 14)
+    lines = making.journal.read_text().splitlines()[1:]
+    last = len(lines) - 1 - lines[::-1].index("null")
+    facts = [told for line in lines[:last] if isinstance(told := json.loads(line), list)]
+    start = 1024 + sum(3 * high * wide for high, wide, *_ in facts)
+    assert isinstance(json.loads(lines[last + 1]), list)
+    data = making.part / "train-00000.safetensors"
+    pixels = bytearray(data.read_bytes())
+    pixels[start] ^= 1  # of the first picture that a power cut could have taken
+    data.write_bytes(pixels)
+    prepare(source, "mine")
+    assert contents("mine")["train.safetensors"] == contents("truth")["train.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_marks_are_on_disk_as_soon_as_they_are_made(
+    home: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut would cost more than it may."""
+    monkeypatch.setattr(module, "SYNC_BYTES", 300)
+    disk = Disk(home, monkeypatch)
+    journal = stopped(source, monkeypatch).journal
+    kept, written = disk.kept(journal), journal.read_bytes()
+    assert isinstance(kept, bytes) and written.startswith(kept)
+    assert kept.count(b"\nnull\n") == written.count(b"\nnull\n") > 1
 
 
 def test_two_at_once_do_not_meet(home: Path, source: Source) -> None:

@@ -156,6 +156,19 @@ def test_shrinking_a_large_jpeg_is_close_to_shrinking_it_whole(tmp_path: Path) -
     assert np.abs(pixels.astype(int) - truth)[2:-2, 2:-2].max() <= 3
 
 
+def test_shrinking_is_by_lanczos_of_the_whole_or_of_twice_the_side(tmp_path: Path) -> None:
+    """A JPEG is read at a half of its sides here; at a quarter it would lose detail."""
+    Image.fromarray(noise(200, 300)).save(tmp_path / "a.png")
+    Image.fromarray(noise(900, 1200)).save(tmp_path / "a.jpg")
+    whole = Image.fromarray(noise(200, 300)).resize((100, 67), Image.Resampling.LANCZOS)
+    assert np.array_equal(decoded(tmp_path / "a.png", max_side=100)[0], np.asarray(whole))
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft(None, (400, 400))
+        assert image.size == (600, 450)
+        half = image.resize((200, 150), Image.Resampling.LANCZOS)
+    assert np.array_equal(decoded(tmp_path / "a.jpg", max_side=200)[0], np.asarray(half))
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     Image.fromarray(noise(64, 64)).save(tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-900])

@@ -14,7 +14,7 @@ from webserver import Site, serving
 
 from fastidmm.errors import DataError, FastidmmError, UsageError
 from fastidmm.preparing import fetch as module
-from fastidmm.preparing.fetch import Patience, Remote, fetch, recorded
+from fastidmm.preparing.fetch import Patience, Remote, fetch, recorded, verify
 from fastidmm.preparing.files import locked
 
 CONTENT = bytes(range(256)) * 400 + b"end"
@@ -65,6 +65,29 @@ def test_each_kind_of_checksum_is_compared(site: Site, tmp_path: Path, kind: str
     with pytest.raises(DataError, match=f"{kind.upper()} {right[kind]}, not {wrong[kind]}"):
         fetch(Remote("x.tgz", (url,), **wrong), tmp_path / "wrong", QUICK)
     assert left(tmp_path / "wrong") == {".x.tgz.lock"}
+
+
+def test_a_file_is_held_against_what_was_seen_before(tmp_path: Path) -> None:
+    """Where nothing is published, too: its first SHA-256 is all there is."""
+    path, bare = tmp_path / "x.tgz", Remote("x.tgz")
+    path.write_bytes(CONTENT)
+    assert verify(path, bare, tmp_path) == SHA256 and left(tmp_path) == {"x.tgz"}
+    other = hashlib.sha256(b"other").hexdigest()
+    (tmp_path / "x.tgz.sha256").write_text(f"{SHA256}  x.tgz\n")
+    assert verify(path, bare, tmp_path) == SHA256
+    (tmp_path / "x.tgz.sha256").write_text(f"{other}  x.tgz\n")
+    words = rf"not the file seen before .SHA-256 {SHA256}, not {other}.* remove .*x.tgz.sha256"
+    with pytest.raises(DataError, match=words):
+        verify(path, bare, tmp_path)
+
+
+def test_a_published_size_alone_is_compared(tmp_path: Path) -> None:
+    path = tmp_path / "x.tgz"
+    path.write_bytes(CONTENT)
+    assert verify(path, Remote("x.tgz", size=102_403), tmp_path) == SHA256
+    for size in (102_402, 102_404):
+        with pytest.raises(DataError, match=f"not the published file .102,403 bytes, not {size:,}"):
+            verify(path, Remote("x.tgz", size=size), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 from synthetic import photograph
 
-from fastidmm.preparing.lookalike import NEAR, SIDE, look, nearest
+from fastidmm.preparing.lookalike import BANDS, NEAR, SIDE, look, nearest
 
 PHOTOGRAPHS = [Image.fromarray(photograph(240 + 7 * n, 300 + 5 * n, n)) for n in range(12)]
 
@@ -89,6 +89,22 @@ def test_the_search_misses_nothing(num_train: int, near: int) -> None:
     truth = brute_force(looks, num_train, near)
     assert (rows.tolist(), apart.tolist()) == truth
     assert num_train < 250 or sum(row >= 0 for row in truth[0]) > 0
+
+
+def test_five_bits_are_found_wherever_they_are() -> None:
+    """Two in each of two bands and one in the third, which may be any bit of it."""
+    chance = np.random.default_rng(0)
+    turned = []
+    for low, width in BANDS:
+        others = [first for first, _ in BANDS if first != low]
+        rest = sum(1 << first | 2 << first for first in others)
+        turned += [rest | 1 << bit for bit in range(low, low + width)]
+    looks = chance.integers(0, 1 << 64, 64, dtype=np.uint64)
+    pairs = np.concatenate([looks, looks ^ np.array(turned, np.uint64)])
+    assert sorted(map(int.bit_count, turned)) == [5] * 64
+    rows, apart = nearest(pairs, 128)
+    assert rows.tolist() == [-1] * 64 + list(range(64))
+    assert apart.tolist() == [0] * 64 + [5] * 64
 
 
 def test_many_equal_looks_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:

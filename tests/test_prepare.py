@@ -129,7 +129,11 @@ def test_other_photographs_do_not_take_a_name(home: Path, photos: Path, tmp_path
     for seed in range(3):
         save(tmp_path / "other" / f"{seed}.png", seed)
     demo = replace(listed(tmp_path / "other"), description="ELPV solar cells", own=False)
-    for source in (listed(tmp_path / "other"), demo):
+    for file in ("train/a/1", "train/b/1", "test/b/1"):
+        save(tmp_path / "alike" / f"{file}.png", 5)
+    alike = listed(tmp_path / "alike")
+    assert alike.description == listed(photos).description  # which says nothing of whose they are
+    for source in (listed(tmp_path / "other"), alike, demo):
         with pytest.raises(
             UsageError, match=r"other photographs .*another --name, or remove .*mine "
         ):
@@ -202,6 +206,15 @@ def test_nothing_is_dropped_silently(home: Path, photos: Path) -> None:
     assert json.loads(json.dumps(summary.as_dict()))["unusable"][0]["file"] == "train/a/readme.txt"
     again = prepare(listed(photos), "mine")
     assert not again.fresh and again.unusable == summary.unusable
+
+
+def test_files_left_out_since_the_last_time_are_told(home: Path, photos: Path) -> None:
+    assert prepare(listed(photos), "mine").unusable == ()
+    (photos / "train" / "a" / "notes.txt").touch()
+    told = prepare(listed(photos), "mine")
+    assert [(left.file, left.reason) for left in told.unusable] == [
+        ("train/a/notes.txt", ".txt is not read")
+    ]
 
 
 def test_without_labels_and_without_a_test_split(home: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from fastidmm.preparing import table
 from fastidmm.preparing.prepare import prepare
 
 
-def listed(folder: Path, text: str | bytes, *files: str) -> Source:
+def listed(folder: Path, text: str | bytes, *files: str, seed: int = 0) -> Source:
     """What a CSV file of this text gives where these files are."""
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
     path = folder / "photos.csv"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return Folder().open(from_=path, seed=0)
+    return Folder().open(from_=path, seed=seed)
 
 
 def test_a_given_split_is_taken_in_its_order(tmp_path: Path) -> None:
@@ -37,13 +37,15 @@ def test_a_given_split_is_taken_in_its_order(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_split_one_in_five_is_held_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_a_split_one_in_five_is_held_out_by_the_seed(tmp_path: Path, seed: int) -> None:
     files = [f"{number}.jpg" for number in range(30)]
     lines = [f"{file},{'10' if number % 3 else '9'}" for number, file in enumerate(files)]
-    source = listed(tmp_path, "\n".join(["path,label", *lines]), *files)
+    source = listed(tmp_path, "\n".join(["path,label", *lines]), *files, seed=seed)
     items = [Item(file, 0 if number % 3 else 1) for number, file in enumerate(files)]
-    assert source.class_names == ("10", "9") and source.split_seed == 0
-    assert (source.train, source.test) == stratified(items, seed=0, one_in=5)
+    assert source.class_names == ("10", "9") and source.split_seed == seed
+    assert (source.train, source.test) == stratified(items, seed=seed, one_in=5)
+    assert source.test != stratified(items, seed=1 - seed, one_in=5)[1]
     assert Counter(item.label for item in source.test) == {0: 4, 1: 2}
 
 
@@ -179,3 +181,13 @@ def test_it_is_prepared_like_any_other(home: Path, tmp_path: Path) -> None:
     assert train.label.tolist() == [0, 1] and train.image(0)[0, 0].tolist() == [0, 0, 255]
     relabelled = text.replace("b.png,x", "b.png,y")
     assert prepare(listed(tmp_path, relabelled), "mine").fresh
+
+
+def test_labels_that_were_exchanged_are_taken(home: Path, tmp_path: Path) -> None:
+    """The files and the classes are those of before."""
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+    for first, second, labels in (("x", "y", [0, 1]), ("y", "x", [1, 0])):
+        text = f"path,label,split\na.png,{first},train\nb.png,{second},train\n"
+        assert prepare(listed(tmp_path, text), "mine").fresh
+        assert store.open_store(store.folder_of("mine"), "train").label.tolist() == labels

@@ -96,14 +96,14 @@ def test_a_hub_that_cannot_be_reached(home: Path, monkeypatch: pytest.MonkeyPatc
         fetch_weights(NAME)
 
 
-def in_the_cache(name: str) -> Path:
+def in_the_cache(name: str, model: str = NAME) -> Path:
     """Weights of ones, where the hub's own client looks for what it has fetched."""
     revision = weights_folder() / f"models--{name.replace('/', '--')}"
     (revision / "refs").mkdir(parents=True)
     (revision / "refs" / "main").write_text("0" * 40)
     path = revision / "snapshots" / ("0" * 40) / "model.safetensors"
     path.parent.mkdir(parents=True)
-    state = timm.create_model(NAME).state_dict()
+    state = timm.create_model(model).state_dict()
     safetensors.torch.save_file({n: torch.ones_like(t) for n, t in state.items()}, path)
     return path
 
@@ -127,6 +127,13 @@ def test_a_run_begins_from_published_weights(toy: str) -> None:
     path.write_bytes(b"0" * 100)
     with pytest.raises(DataError, match=r"cannot be read .*: delete it"):
         stages.pretrain(wanted, "damaged")
+
+
+def test_no_classifier_is_taken_where_there_are_two(home: Path) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    in_the_cache(f"timm/{name}.fb_in1k", name)
+    heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert cached_weights(name).keys() == timm.create_model(name).state_dict().keys() - heads
 
 
 def test_a_backbone_without_published_weights(toy: str) -> None:
