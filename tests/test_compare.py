@@ -1,10 +1,12 @@
 """Runs side by side: their scores, what is claimed of them, and where their budgets differ."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import made_run
 from test_cli import Type, sentence
 from test_cli import typed as typed
 from toy_runs import recipe
@@ -65,6 +67,26 @@ def test_scores_and_budgets_are_the_runs_own(runs: list[Path]) -> None:
     assert short["budget"]["pretraining epochs"] == 1
     assert "pretraining epochs: 3 in runs/one, 1 in runs/short" in found["unequal"]
     assert not any("epochs" in line and "runs/two" in line for line in found["unequal"])
+
+
+def test_a_twentieth_longer_is_no_other_budget_and_a_fifth_is(toy: str) -> None:
+    """Whichever of the two it is."""
+    made_run(Path("runs/one"))
+    one = replace(compare.Compared.of(Path("runs/one")), seconds=100.0)
+    near, far = (replace(one, folder=Path("runs/two"), seconds=s) for s in (105.0, 120.0))
+    assert compare._unequal(one, near) == compare._unequal(near, one) == []
+    assert compare._unequal(one, far) == ["training time: 100 s in runs/one, 120 s in runs/two"]
+    assert compare._unequal(far, one) == ["training time: 120 s in runs/two, 100 s in runs/one"]
+
+
+def test_what_learnt_by_labels_alone_has_no_pretraining_to_tell(toy: str) -> None:
+    made_run(Path("runs/plain"), method="supervised")
+    assert compare.Compared.of(Path("runs/plain")).budget == {
+        "training images": 20,
+        "pretraining epochs": 0,
+        "pretraining px": None,
+        "fine-tuning epochs": {32: 2},
+    }
 
 
 @pytest.mark.parametrize(

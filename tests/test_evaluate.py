@@ -33,6 +33,7 @@ from fastidmm.evaluate import (
 from fastidmm.interrupt import Stop
 from fastidmm.plan import central_crops
 from fastidmm.record import Record
+from fastidmm.store import Store
 from fastidmm.train import features_seen
 
 
@@ -177,6 +178,17 @@ def test_the_linear_probe_finds_the_minimum() -> None:
     assert (found == logits.argmax(axis=1))[clear].all()
 
 
+def test_the_linear_probe_goes_on_until_it_is_there() -> None:
+    """Features that nearly agree: twenty iterations leave the logits 0.2 off, fifty 0.002."""
+    (train, labels), (test, _) = (clusters(200, 24, 4, seed, 1.5) for seed in (1, 2))
+    train, test = (x + 20 * x.mean(dim=1, keepdim=True) for x in (train, test))
+    best = best_probe(train, labels, 4)
+    mean, deviation = train.double().mean(dim=0), train.double().std(dim=0)
+    logits = ((test.double() - mean) / deviation).numpy() @ best[:, :-1].T + best[:, -1]
+    found = linear_probe(train, labels, test, 4).double().numpy()
+    np.testing.assert_allclose(found, logits, rtol=0, atol=0.01)
+
+
 def test_the_linear_probe_survives_features_without_spread() -> None:
     train, labels = clusters(60, 4, 3, 1, 0.1)
     train[:, 2] = 7.0
@@ -297,6 +309,18 @@ def test_outputs_come_in_the_stores_order(num: int) -> None:
         # A resize rounds to 8 bits on a CPU, which a mean over pixels hardly shows.
         torch.testing.assert_close(found[one], expected, rtol=0, atol=2e-3)
     assert num == 1 or not torch.allclose(found[0], found[-1], atol=1e-3)
+
+
+def test_pixels_out_of_reach_are_brought_part_by_part() -> None:
+    """As a GPU needs it of pixels that are not pinned; 300 images are more than a part."""
+
+    class Far(Store):
+        readable = False
+
+    near = small_store(300)
+    far = Far(**{name: getattr(near, name) for name in Store.__dataclass_fields__})
+    asked: dict[str, Any] = {"resolution": 28, "dtype": torch.float32}
+    assert torch.equal(outputs(Means(), far, **asked), outputs(Means(), near, **asked))
 
 
 def test_outputs_follow_the_precision_asked_for() -> None:

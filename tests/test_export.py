@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,21 @@ def test_the_card_tells_scores_of_these_very_weights(toy: str) -> None:
     made_run(RUN / "finetune-48-2", "vit_micro", 48, "supervised")
     export(RUN / "finetune-48-2", "timm", Path("others"))
     assert "Not evaluated on test images." in Path("others/README.md").read_text()
+
+
+def test_scores_of_weights_trained_on_since_are_not_on_the_card(toy: str) -> None:
+    """Evaluated when three of its six steps were made."""
+    learnt, record = made_run(RUN), Record(RUN)
+    shutil.rmtree(record.checkpoints)
+    save(record, 3, learnt)
+    scoring.evaluate(RUN)
+    export(RUN, "timm", Path("then"))
+    assert "| kNN on frozen features |" in Path("then/README.md").read_text()
+    stir(learnt, 2)
+    save(record, 6, learnt)
+    export(RUN, "timm", Path("now"))
+    card = Path("now/README.md").read_text()
+    assert "Not evaluated on test images." in card and "frozen features" not in card
 
 
 def test_an_export_that_is_killed_leaves_nothing_half_done(tmp_path: Path) -> None:

@@ -20,7 +20,17 @@ from toy_runs import Killed, kill_before_update
 from fastidmm import checkpoint, cli_plan, forecast, stages, train, trial
 from fastidmm.batch import Batch, Loss
 from fastidmm.capture import Captured
-from fastidmm.forecast import Costs, Course, Events, Forecast, Outlook, kept, spell, total
+from fastidmm.forecast import (
+    Costs,
+    Course,
+    Events,
+    Forecast,
+    Outlook,
+    kept,
+    middle_mean,
+    spell,
+    total,
+)
 from fastidmm.methods.idmm import IDMM
 from fastidmm.progress import Clock
 from fastidmm.recipe import Recipe
@@ -93,6 +103,12 @@ def test_seconds_are_the_events() -> None:
     costs = Costs(full=2.0, tail=0.5, knn=3.0, score=7.0, checkpoint=0.25)
     assert COURSE.after(0).seconds(costs) == 6 * 2 + 3 * 0.5 + 2 * 3 + 4 * 0.25
     assert Events(0, 0, 0, 2, 0).seconds(costs) == 14
+
+
+def test_a_middle_mean_is_of_neither_end() -> None:
+    """A quarter at each is left out, in whatever order: the fastest, and a graph's capture."""
+    assert middle_mean([0, 1, 1, 1, 1, 1, 1, 9]) == middle_mean([1, 9, 1, 1, 0, 1, 1, 1]) == 1
+    assert middle_mean([2, 4, 9]) == 5  # no quarter of three
 
 
 def test_steps_tried_are_told_apart() -> None:

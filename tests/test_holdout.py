@@ -196,8 +196,12 @@ def test_knn_is_scored_by_votes(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["correct"] == found["top5"]["correct"] == 4
 
 
-def test_random_weights_are_the_seeds_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, 3])
+def test_random_weights_are_the_seeds_own(
+    toy: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What pretraining is compared with: features of the encoder as it was built."""
+    stages.pretrain(recipe(epochs=2, seed=seed), "run")
     known: list[torch.Tensor] = []
 
     def watched(*given: Any) -> torch.Tensor:
@@ -205,11 +209,11 @@ def test_random_weights_are_the_seeds_own(run: Path, monkeypatch: pytest.MonkeyP
         return knn(*given)
 
     monkeypatch.setattr(scoring, "knn", watched)
-    scoring.evaluate(run)
-    asked, store = Record(run).recipe, scoring.scored_splits(Record(run).recipe)[0]
-    encoder = build_encoder("vit_micro", asked.backbone, resolution=16, counters=Counters(0))
+    scoring.evaluate(RUN)
+    asked, store = Record(RUN).recipe, scoring.scored_splits(Record(RUN).recipe)[0]
+    encoder = build_encoder("vit_micro", asked.backbone, resolution=16, counters=Counters(seed))
     random = outputs(encoder, store, resolution=16, dtype=torch.float32)
-    encoder.load_state_dict(encoder_weights(Record(run).result))
+    encoder.load_state_dict(encoder_weights(Record(RUN).result))
     trained = outputs(encoder, store, resolution=16, dtype=torch.float32)
     assert torch.equal(known[0], trained) and torch.equal(known[1], random)
     assert not torch.equal(trained, random)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli import Type, sentence
 from test_cli import typed as typed
 from toy_runs import FIRST, HIGH, RUN, Killed, kill_before_update, recipe
@@ -13,7 +14,7 @@ from fastidmm import runs, scoring, stages
 from fastidmm.compare import Compared
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError
-from fastidmm.evaluate import Score
+from fastidmm.evaluate import Score, outputs
 from fastidmm.preparing.prepare import prepare
 from fastidmm.record import Record
 from fastidmm.reporting.beside import others
@@ -138,6 +139,39 @@ def test_of_stages_alike_the_newest_is_scored_and_said(
     assert found is not None and "finetuned_16" not in found["scores"]["pretrained"]
     assert "finetuned_16" in found["scores"]["random"]
     assert "fastidmm evaluate --run run" in remaining(RUN)
+
+
+def test_a_stage_that_is_not_finished_hides_no_score(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it is the newer of two alike: there is nothing to score it by yet."""
+    stages.pretrain(recipe(epochs=1), "run")
+    stages.finetune(RUN, ONE, [])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 1)
+        stages.finetune(RUN, ONE, [])
+    cell = scoring.evaluate(RUN)["scores"]["pretrained"]["finetuned_16"]
+    assert (cell["stage"], cell["step"]) == ("finetune-16", 3)
+    assert "not scored: runs/run/finetune-16-2 is not finished" in capsys.readouterr().err
+    found = scoring.current(RUN)
+    assert found is not None and found["scores"]["pretrained"]["finetuned_16"] == cell
+
+
+def test_a_run_is_scored_in_the_precision_that_it_learnt_in(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of both splits, learnt and random, and the classifier's answers."""
+    stages.pretrain(recipe(epochs=1, precision="bf16"), "run")
+    stages.finetune(RUN, ONE, [])
+    seen: list[torch.dtype] = []
+
+    def watched(*given: Any, dtype: torch.dtype, **more: Any) -> torch.Tensor:
+        seen.append(dtype)
+        return outputs(*given, dtype=dtype, **more)
+
+    monkeypatch.setattr(scoring, "outputs", watched)
+    scoring.evaluate(RUN)
+    assert seen == [torch.bfloat16] * 5
 
 
 def test_of_a_run_that_began_with_another_s_weights_no_pretraining_is_claimed(

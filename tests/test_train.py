@@ -93,6 +93,7 @@ def test_crops_told_apart_are_those_of_the_latest_lines() -> None:
     lines = [{"instance_top1": share} for share in (1.0, 1.0, None, *[0.0, 0.2] * 5)]
     assert stages.told_apart(lines) == pytest.approx(0.1)
     assert stages.told_apart(lines[:3]) == 1.0
+    assert stages.told_apart([{"instance_top1": n // 20} for n in range(30)]) == 1.0
     assert stages.told_apart([{"loss": 1.0}]) is None
 
 
