@@ -10,7 +10,7 @@ from fastidmm import stages
 from fastidmm.assemble import training_rows
 from fastidmm.errors import UsageError
 from fastidmm.paper import listing
-from fastidmm.paper.protocol import WHOLE, Cut, work
+from fastidmm.paper.protocol import WHOLE, Cut, _shortened, work
 from fastidmm.paper.protocol import stages as stages_of
 from fastidmm.paper.published import DATASETS, TABLES, Cell, cells, chosen
 from fastidmm.recipe import Recipe, read_tables
@@ -85,6 +85,11 @@ def test_the_main_method_has_the_published_settings(table: str, epochs: int) -> 
     assert (tuned.epochs, tuned.batch_size, tuned.resolution) == (epochs, 256, 224)
     high = found.finetune_high
     assert (high.epochs, high.batch_size, high.resolution) == (100, 128, 448)
+
+
+@pytest.mark.parametrize(("arm", "init"), [("timm", "timm"), ("random", "")])
+def test_arms_without_pretraining_begin_as_they_are_called(arm: str, init: str) -> None:
+    assert recipe(cell("T2", arm)).run.init == init
 
 
 def test_pvt_and_t2t_learn_at_twice_the_rate() -> None:
@@ -180,6 +185,29 @@ def test_a_cut_takes_the_same_share_of_every_stage() -> None:
     assert (random.run.epochs, random.run.resolution, random.run.batch_size) == (4, 64, 25)
     whole = recipe(arms[-1], Cut(1 / 50, 5000, 1.0, "5m"), {"demo": 2040})
     assert (whole.run.num_images, whole.run.batch_size, whole.run.resolution) == (0, 256, 112)
+
+
+def test_what_a_cut_makes_of_each_key() -> None:
+    """A tenth, 1,600 images in 8 steps of 200: batches that are smaller as published stay so.
+
+    No run looks or writes but at its end, and what the recipe leaves out stays out.
+    """
+    whole = {
+        "run": {"epochs": 800, "resolution": 112, "batch_size": 64},
+        "finetune": {"epochs": 200, "resolution": 224, "batch_size": 256},
+        "finetune_high": {"epochs": 0, "resolution": 448},
+        "method": {"num_small": 4},
+    }
+    found = _shortened(whole, Cut(1 / 10, 1600, 1 / 2, "1h"), 2040)
+    looks = dict.fromkeys(("knn_every", "score_every", "checkpoint_every"), 80)
+    assert found == {
+        "run": {"epochs": 80, "resolution": 56, "batch_size": 64, "num_images": 1600, **looks},
+        "finetune": {"epochs": 20, "resolution": 112, "batch_size": 200},
+        "finetune_high": {"epochs": 0, "resolution": 224, "batch_size": 128},
+        "method": {"num_small": 4},
+    }
+    own = {**whole, "run": {"epochs": 800, "resolution": 112}}  # the method's own batch
+    assert _shortened(own, Cut(1 / 10, 1600, 1 / 2, "1h"), 2040)["run"]["batch_size"] == 200
 
 
 def test_every_stage_is_known_before_it_is_run() -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import made_run, save
 from test_cli import Type, sentence
 from test_cli import typed as typed
 
@@ -18,8 +20,8 @@ from fastidmm.evaluate import Score
 from fastidmm.methods.idmm import IDMM
 from fastidmm.paper import reproduce
 from fastidmm.paper.budget import Cost, fitting, seconds_of
-from fastidmm.paper.protocol import Cut, Work
-from fastidmm.paper.published import TABLES, Cell
+from fastidmm.paper.protocol import Cut, Run, Work
+from fastidmm.paper.published import TABLES, Cell, chosen
 from fastidmm.paper.sheet import Row, Sheet
 from fastidmm.record import Record
 
@@ -142,6 +144,45 @@ def test_dry_runs_need_nothing(typed: Type, home: Path, table: str) -> None:
     assert not Path("runs").exists() and not home.exists()
 
 
+def test_a_stage_that_was_killed_has_no_score_though_it_told_some(toy: str) -> None:
+    """Three of six steps are kept, after which the test images were scored; then all are."""
+    made_run(Path("runs/one"))
+    stage = Path("runs/one/finetune-48")
+    method, record = made_run(stage, "vit_micro", 48, "supervised"), Record(stage)
+    asked = Work(Run("one", {}), resolutions=(32, 48))
+    shutil.rmtree(record.checkpoints)
+    save(record, 3, method)
+    line = {"epoch": 1, "step": 3, "loss": 1.0, "skipped": 0, "test_top1": 0.5, "test_num": 8}
+    record.log(line)
+    record.flush(wait=True)
+    assert reproduce.scored(asked) is None and reproduce.seconds_spent(asked) is None
+    save(record, 6, method)
+    found = reproduce.scored(asked)
+    assert found and found.folder == stage and reproduce.score_of(found) == Score(4, 8)
+
+
+def test_seconds_spent_are_those_of_the_run_and_of_every_stage(toy: str) -> None:
+    for name, seconds in (("one", 3.0), ("one/finetune-32", 5.0), ("one/finetune-48", 7.5)):
+        folder = Path("runs") / name
+        method = made_run(folder, method="idmm" if name == "one" else "supervised")
+        save(Record(folder), 6, method, seconds=seconds)
+    assert reproduce.seconds_spent(Work(Run("one", {}), resolutions=(32, 48))) == 15.5
+    assert reproduce.seconds_spent(Work(Run("one", {}))) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [(["flowers"], "sin10k"), (["sin10k"], "flowers"), ([], "sin10k"), (["flowers", "sin10k"], "")],
+)
+def test_a_transfer_lacks_what_it_begins_with(
+    there: list[str], lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be done first is told first."""
+    monkeypatch.setattr(reproduce, "prepared", lambda: there)
+    (asked,) = (c for c in chosen("T3", "flowers", "pvtv2_b0") if c.arm == "idmm")
+    assert reproduce.lack(asked) == (f"fastidmm prepare --dataset {lacking}" if lacking else "")
+
+
 # --- made again ---------------------------------------------------------------------------------
 
 
@@ -233,6 +274,21 @@ def test_what_was_made_by_another_recipe_is_told(typed: Type, toy: str, two_arms
     assert typed("pretrain", *words, "--run", "T1-toy-idmm-vit_micro-s0-60s")[0] == 0
     status, out, _ = typed(*ASKED)
     assert status == 2 and "was made by another recipe than this table's: move it away" in out
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [("optim", "lr", 1e-5), ("run", "seed", 3), ("backbone", "drop_path", 0.3)],
+)
+def test_a_single_number_makes_another_recipe(toy: str, table: str, key: str, value: float) -> None:
+    """Where batches come from does not: that is settled by the machine."""
+    made_run(Path("runs/one"))
+    tables = Record(Path("runs/one")).recipe.tables()
+    same = {**tables, "loader": {}, "run": {**tables["run"], "loader": "torch"}}
+    assert reproduce.begun(Run("one", same)).folder == Path("runs/one")
+    other = {**tables, table: {**tables[table], key: value}}
+    with pytest.raises(UsageError, match=r"runs/one was made by another recipe than this table's"):
+        reproduce.begun(Run("one", other))
 
 
 def test_transfer_goes_on_from_one_run(
