@@ -32,6 +32,7 @@ ARMS = "finetune::test_stages_go_on_within_their_arm"
 HIGHER = "finetune::test_the_higher_stage_takes_every_tensor_and_the_head"
 HELD = "holdout::test_held_out_rows_are_stratified_and_never_learnt"
 UNREAD = "holdout::test_with_images_held_out_the_test_split_is_not_read"
+PRECISE = "scores::test_a_run_is_scored_in_the_precision_that_it_learnt_in"
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     # What a dataset is prepared to.
@@ -136,6 +137,13 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "top-5 called top-1": ((EVALUATE, "evaluate::test_measures_against_counting_by_hand"), [("**score(found, labels).as_dict()", "**score(found, labels, top=min(5, num_classes)).as_dict()")]),
     "test images among their neighbours": ((SCORING, "holdout::test_frozen_features_are_judged_by_training_labels_alone"), [("knn(known, store.label, asked, store.num_classes)", "knn(asked, test.label, asked, store.num_classes)")]),
     "random weights that are not": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [('"random": frozen_scores(recipe, None, store, test)', '"random": frozen_scores(recipe, newest_weights(run), store, test)')]),
+    "random weights of another seed": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [("resolution=run.resolution, counters=Counters(run.seed)", "resolution=run.resolution, counters=Counters(0)")]),
+    "a stage cut short hides one that is done": ((SCORING, "scores::test_a_stage_that_is_not_finished_hides_no_score"), [("in classifiers(run) if stage.finished}", "in classifiers(run)}")]),
+    "features scored in another precision": ((SCORING, PRECISE), [("dtype = dtype_of(run.precision, device)", 'dtype = dtype_of("fp32", device)')]),
+    "classifiers scored in another precision": ((SCORING, PRECISE), [("dtype=dtype_of(run.precision, device)", 'dtype=dtype_of("fp32", device)')]),
+    "ImageNet's arm begins at random": (("fastidmm/paper/protocol.py", "paper_tables::test_arms_without_pretraining_begin_as_they_are_called"), [('        tables["run"]["init"] = TIMM\n', "        pass\n")]),
+    "what is cut short in a table": (("fastidmm/paper/reproduce.py", "reproduce::test_a_stage_that_was_killed_has_no_score_though_it_told_some"), [("return record if record and record.finished else None", "return record")]),
+    "earlier weights' scores on a card": (("fastidmm/exporting/card.py", "export::test_scores_of_weights_trained_on_since_are_not_on_the_card"), [(' or evaluation.get("step") != step', "")]),
     "last weights scored for the best": ((SCORING, "holdout::test_the_best_weights_are_those_that_are_scored"), [("checkpoint.load(stage.result, checkpoint.MODEL)", "checkpoint.load(checkpoint.found(stage.checkpoints)[-1], checkpoint.MODEL)")]),
     "the worst kept for the best": ((TRAIN, PATIENCE), [("value > state.best or", "value < state.best or")]),
     "the last of equals kept": ((TRAIN, PATIENCE), [("value > state.best or", "value >= state.best or")]),
