@@ -7,6 +7,7 @@ from typing import Any
 
 from fastidmm.bench import figures, page
 from fastidmm.errors import UsageError
+from fastidmm.terminal import show
 
 STDOUT = Path("-")
 
@@ -29,11 +30,11 @@ def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | Non
     if html_file is not None:
         write(html_file, page.html(found))
     if json_file == STDOUT:
-        print(told)
+        show(told)
         return
     if json_file is not None:
         write(json_file, told + "\n")
-    print("\n\n".join(map(figures.text, page.subjects(found))))
+    show("\n\n".join(map(figures.text, page.subjects(found))))
 
 
 def write(path: Path, text: str) -> None:

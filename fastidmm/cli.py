@@ -49,6 +49,7 @@ from fastidmm.options import (
     recipe_of,
     recipe_settings,
 )
+from fastidmm.terminal import line, show
 
 HARDLY = 0.1  # of the crops: a run that recognises so few has only begun
 HELP = "Train vision transformers when all you have is a few thousand images."
@@ -392,5 +393,5 @@ def main() -> None:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"fastidmm: {message}", file=sys.stderr, flush=True)
+    show(line(f"fastidmm: {message}"), sys.stderr)
     sys.exit(status)

@@ -15,6 +15,7 @@ from fastidmm.options import (
     MethodOption,
     SetOption,
 )
+from fastidmm.terminal import show
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def bench_all(
     place = _place(device)
     found = _told(lambda: everything.measure(place, quick=quick), json, html)
     if failed := everything.failed(found):
-        print(f"fastidmm: could not be measured: {', '.join(failed)}.", file=sys.stderr)
+        show(f"fastidmm: could not be measured: {', '.join(failed)}.", sys.stderr)
         raise typer.Exit(1)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fastidmm.options import JsonOption, answer
+from fastidmm.terminal import line
 
 app = typer.Typer(help="What lies in ./runs.", no_args_is_help=True)
 
@@ -37,7 +38,7 @@ def show(
     from fastidmm.record import existing_run
 
     found = runs.shown(existing_run(name))
-    lines = [f"{key}: {value}" for told in found for key, value in (*told.items(), ("", ""))]
+    lines = [line(f"{key}: {value}") for told in found for key, value in (*told.items(), ("", ""))]
     answer(found, as_json, lambda: "\n".join(lines).replace("\n: ", "\n").rstrip())
 
 

@@ -9,6 +9,7 @@ from fastidmm.record import RECIPE, Record, stages
 from fastidmm.reporting.claims import FINETUNED, Arm, Measure, by_chance, measures, percent
 from fastidmm.scoring import current, scored
 from fastidmm.stages import summary
+from fastidmm.terminal import line
 
 VERDICTS = {
     "higher": "higher",
@@ -162,7 +163,7 @@ def _said(value: Any) -> str:
 def as_text(found: dict[str, Any]) -> str:
     """The table a person reads: a run a column, the claims and budgets below."""
     names = list(dict.fromkeys(name for run in found["runs"] for name in run["scores"]))
-    rows = [["", *(Path(run["run"]).name for run in found["runs"])]]
+    rows = [["", *(line(Path(run["run"]).name) for run in found["runs"])]]
     for name in names:
         rows.append([name, *(_cell(run["scores"].get(name)) for run in found["runs"])])
     for key in found["runs"][0]["budget"]:
@@ -177,7 +178,7 @@ def as_text(found: dict[str, Any]) -> str:
         words = (claim["why"] and f"not comparable: {claim['why']}") or VERDICTS[claim["outcome"]]
         if claim["points"] is not None and claim["outcome"] in ("higher", "lower"):
             words += f" by {abs(claim['points']):.1f} points"
-        lines.append(f"  {Path(claim['run']).name}, {claim['measure']}: {words}")
+        lines.append(f"  {line(Path(claim['run']).name)}, {claim['measure']}: {words}")
     if told := by_chance([claim["outcome"] for claim in found["claims"]]):
         lines.append(told)
     if found["unequal"]:

@@ -14,6 +14,7 @@ import typer
 
 from fastidmm import __version__
 from fastidmm.errors import UsageError
+from fastidmm.terminal import line, show
 
 if TYPE_CHECKING:
     from fastidmm.recipe import Recipe
@@ -128,7 +129,7 @@ def by_ranks(command: Callable[..., None]) -> Callable[..., None]:
 def answer(found: Any, as_json: bool, text: str | Callable[[], str]) -> None:
     """Print to stdout what was asked for."""
     shown = json.dumps(found, indent=2) if as_json else text if isinstance(text, str) else text()
-    print(shown, flush=True)
+    show(shown)
 
 
 def recipe_settings(**flags: Any) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def chosen_run(named: str | None, run: str | None) -> Path:
 def _version(asked: bool) -> None:
     """Answer `--version` before a command is asked for."""
     if asked:
-        print(f"fastidmm {__version__}")
+        show(f"fastidmm {__version__}")
         raise typer.Exit
 
 
@@ -196,4 +197,4 @@ def messages(
 
 def note(message: str) -> None:
     """A line that is no answer, to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    show(line(message), sys.stderr)

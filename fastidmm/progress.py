@@ -10,6 +10,8 @@ from statistics import quantiles
 from typing import Any, Self
 
 from fastidmm.batch import Batch
+from fastidmm.terminal import line as one_line
+from fastidmm.terminal import show
 from fastidmm.watch import Watch
 
 SHOWN = (
@@ -64,9 +66,11 @@ class Progress:
             return
         self.shown = now
         if self.live:
-            self.live.show(line["step"] / self.steps, "  ".join(where), "  ".join(figures))
+            self.live.show(
+                line["step"] / self.steps, one_line("  ".join(where)), "  ".join(figures)
+            )
         else:
-            print("  ".join([*where, *figures]), file=sys.stderr, flush=True)
+            show(one_line("  ".join([*where, *figures])), sys.stderr)
 
 
 class Block:
@@ -202,4 +206,4 @@ class Clock:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; answers go to stdout, this does not."""
-    print(message, file=sys.stderr, flush=True)
+    show(one_line(message), sys.stderr)

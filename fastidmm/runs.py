@@ -9,6 +9,7 @@ from fastidmm.progress import LABEL_FREE
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record, all_runs, stages
 from fastidmm.stages import summary
+from fastidmm.terminal import line
 
 LOOKED = ("knn_top1", *LABEL_FREE)
 
@@ -102,7 +103,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         "run", "dataset", "backbone", "method", "epochs", "state", "on training images",
         "fine-tuned", "time",
     ]  # fmt: skip
-    cells = [head, *(_cells(row) for row in rows)]
+    cells = [head, *([line(cell) for cell in _cells(row)] for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(head))]
     return "\n".join(
         "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=False)).rstrip() for row in cells

@@ -20,6 +20,7 @@ from fastidmm.recipe import Recipe
 from fastidmm.record import RECIPE, Record, newest_weights, stages
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
+from fastidmm.terminal import printable
 
 EVALUATION = "evaluation.json"
 SHOWN_CLASSES = 5
@@ -255,7 +256,8 @@ def _best(value: dict[str, Any] | None) -> str:
 
 def _classes_text(found: dict[str, Any]) -> list[str]:
     """Where the last measure of the pretrained arm errs: worst classes, most frequent mistakes."""
-    names, measures = found["class_names"], found["scores"]["pretrained"]
+    names = [printable(name) for name in found["class_names"]]
+    measures = found["scores"]["pretrained"]
     measure = list(measures)[-1]
     classes = [
         (correct / num, f"{name} {correct}/{num}")

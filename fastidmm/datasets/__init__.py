@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from fastidmm.terminal import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -98,9 +100,9 @@ def held_out(
 def _untested(names: Sequence[str], test: tuple[Item, ...]) -> tuple[str, ...]:
     """A note on the classes of which nothing could be held out."""
     if len(names) == 1:
-        return (f"one class only ({names[0]}), so every image is for training",)
+        return (f"one class only ({printable(names[0])}), so every image is for training",)
     tested = {item.label for item in test}
-    alone = ", ".join(name for label, name in enumerate(names) if label not in tested)
+    alone = ", ".join(printable(name) for label, name in enumerate(names) if label not in tested)
     return (f"one image only, so none for testing: {alone}",) if alone else ()
 
 

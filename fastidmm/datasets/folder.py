@@ -19,6 +19,7 @@ from fastidmm.datasets import TEST_NAMES, Item, Source, Unusable, held_out, leav
 from fastidmm.errors import DataError, UsageError
 from fastidmm.preparing.decode import SUFFIXES
 from fastidmm.preparing.table import read
+from fastidmm.terminal import printable
 
 TRAIN_NAMES = ("train", "training")
 
@@ -128,7 +129,7 @@ def _left_out(root: Path, path: PurePosixPath, entry: os.DirEntry[str]) -> str:
 
 
 def _no_image(path: PurePosixPath) -> str:
-    return f"{path.suffix} is not read" if path.suffix else "no suffix such as .jpg"
+    return f"{printable(path.suffix)} is not read" if path.suffix else "no suffix such as .jpg"
 
 
 def _called(tops: set[str], names: tuple[str, ...]) -> str:
@@ -165,7 +166,7 @@ def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str)
     if unknown:
         raise DataError(
             f"{root / test_name} has classes that {root / train_name} has not: "
-            f"{', '.join(unknown)}; rename or remove them."
+            f"{', '.join(map(printable, unknown))}; rename or remove them."
         )
     names = sorted(set(train.values()))
     return Source(
@@ -225,4 +226,4 @@ def _empty(folder: Path, names: list[str]) -> tuple[str, ...]:
     """A note on the class folders without images."""
     folders = {entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)}
     empty = sorted(name for name in folders - set(names) if not name.startswith("."))
-    return (f"no images in: {', '.join(empty)}",) if empty else ()
+    return (f"no images in: {', '.join(map(printable, empty))}",) if empty else ()

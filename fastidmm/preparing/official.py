@@ -15,6 +15,7 @@ from fastidmm.preparing.fetch import Remote, fetch, forget, recorded, verify
 from fastidmm.preparing.files import digests
 from fastidmm.preparing.lists import check_files, check_inside
 from fastidmm.preparing.unpack import unpack, unpacked
+from fastidmm.terminal import line, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,5 +261,5 @@ def _below(folder: Path) -> list[Path]:
 def _unpacked(archives: Mapping[Path, str], folder: Path) -> Path:
     into = folder / "unpacked"
     if sys.stderr.isatty():
-        print(f"unpacking into {into}", file=sys.stderr, flush=True)
+        show(line(f"unpacking into {into}"), sys.stderr)
     return unpack(archives, into)

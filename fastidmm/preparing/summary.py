@@ -7,6 +7,7 @@ from typing import Any
 
 from fastidmm.datasets import Unusable
 from fastidmm.preparing.beton import NAME as BETON
+from fastidmm.terminal import line, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,7 @@ class Summary:
 
 def shown(unusable: Sequence[Unusable], limit: int = 10) -> str:
     """Unusable files with their reasons, in a line."""
-    return _listed([f"{printable(file.file)} ({file.reason})" for file in unusable], limit)
-
-
-def printable(file: str) -> str:
-    """A file's name on one line, whatever bytes it consists of."""
-    return file if file.isprintable() else repr(file)
+    return _listed([f"{printable(file.file)} ({line(file.reason)})" for file in unusable], limit)
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -162,7 +158,9 @@ def _case(case: dict[str, Any]) -> str:
     if "height" in case:
         return f"{printable(case['file'])} ({case['height']} x {case['width']})"
     names = [case["file"], case["like"]]
-    labels = [f" ({case[key]})" if key in case else "" for key in ("label", "like_label")]
+    labels = [
+        f" ({printable(case[key])})" if key in case else "" for key in ("label", "like_label")
+    ]
     sign = " ~ " if "bits" in case else " = "
     return sign.join(printable(n) + label for n, label in zip(names, labels, strict=True))
 

@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fastidmm.terminal import line, show
+
 SECONDS_BETWEEN_LINES = 60.0
 
 
 @contextmanager
 def watching(doing: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar where a person is looking, a line a minute elsewhere; call it with the files done."""
+    doing = line(doing)
     if quiet or not sys.stderr.isatty():
         said = time.monotonic()
 
@@ -18,13 +21,14 @@ def watching(doing: str, total: int, *, quiet: bool) -> Iterator[Callable[[int],
             nonlocal said
             if not quiet and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                print(f"{doing}: {num_done:,} of {total:,} files", file=sys.stderr)
+                show(f"{doing}: {num_done:,} of {total:,} files", sys.stderr)
 
         yield say
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(doing, total=total)
+        bar = progress.add_task(escape(doing), total=total)
         yield lambda num_done: progress.update(bar, completed=num_done)
