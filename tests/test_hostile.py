@@ -3,19 +3,24 @@
 import ast
 import hashlib
 import json
+import os
 import pickle
 import re
 import resource
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_cli import TINY, MakePhotos, Type
+from test_cli import typed as typed
 from toy_runs import recipe
 
 from fastidmm import checkpoint, stages
@@ -23,7 +28,7 @@ from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, FastidmmError
 from fastidmm.preparing.prepare import prepare
 from fastidmm.record import Record
-from fastidmm.reporting.report import write
+from fastidmm.reporting.report import Page, write
 from fastidmm.store import folder_of, open_store
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +206,36 @@ def test_no_name_becomes_an_element(home: Path) -> None:
     tame, evil = page_of("tame", "abc"), page_of("evil", EVIL)
     assert evil.found == tame.found
     assert EVIL in "".join(evil.words)
+
+
+def test_names_that_are_no_utf8_go_all_the_way(
+    typed: Type, home: Path, photos: MakePhotos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photograph's and a class's, from preparing to the page and to every kind of table."""
+    odd, shown = os.fsdecode(b"bad\xff"), "bad\\udcff"
+    photos(Path("photos"), per_class=5)
+    Path("photos/class0").rename(f"photos/{odd}")
+    for number in range(5):
+        Path(f"photos/{odd}/{number:03d}.png").rename(f"photos/{odd}/{number}{odd}.png")
+    Path(f"photos/{odd}/9{odd}.jpg").write_text("no photograph")
+    status, out, _ = typed("prepare", "--dataset", "folder", "--from", "photos", "--name", "odd")
+    assert status == 0 and f"'{shown}/9{shown}.jpg' (not an image)" in out
+    assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
+    assert typed("finetune", "mine", "--resolution", 16, "--epochs", 1)[0] == 0
+    status, out, _ = typed("evaluate", "mine")
+    assert status == 0 and out.isascii()
+    assert typed("report", "mine")[0] == 0
+    page = Path("runs/mine/report.html").read_text(encoding="utf-8")
+    assert f"{shown}.png" in page
+    assert Page(Path("runs/mine")).text(renew=5).encode()  # as it is served
+    for kind in ("npz", "parquet"):
+        words = ("embed", "mine", "--from", "photos", "--out", f"features.{kind}")
+        if kind == "npz" or find_spec("pyarrow"):
+            assert typed(*words)[0] == 0
+    with np.load("features.npz") as table:
+        assert table["class_names"].tolist() == ["bad\ufffd", "class1"]
+        assert "bad\ufffd/0bad\ufffd.png" in table["path"].tolist()
+    assert typed("export", "runs/mine/finetune-16", "--out", "model")[0] == 0
 
 
 TEMPLATES = sorted({p for f in ("fastidmm", "bench") for p in (ROOT / f).rglob("*.j2")})

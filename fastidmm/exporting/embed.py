@@ -45,16 +45,23 @@ class Table:
     @property
     def paths(self) -> list[str]:
         """Files below the source, with '/'; bytes that are no UTF-8 replaced."""
-        return [
-            row.file.encode(errors="surrogateescape").decode(errors="replace") for row in self.rows
-        ]
+        return [_as_utf8(row.file) for row in self.rows]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of all classes, as the paths are."""
+        return [_as_utf8(name) for name in self.class_names]
+
+
+def _as_utf8(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _write_npz(table: Table, file: BinaryIO) -> None:
     columns = {"features": table.features, "path": np.array(table.paths, dtype=str)}
     if table.labelled:
         columns["label"] = np.array([row.label for row in table.rows], dtype=np.int64)
-        columns["class_names"] = np.array(table.class_names, dtype=str)
+        columns["class_names"] = np.array(table.classes, dtype=str)
     if table.split:
         columns["split"] = np.array([row.split for row in table.rows], dtype=str)
     np.savez(file, allow_pickle=False, **columns)
@@ -66,7 +73,8 @@ def _write_parquet(table: Table, file: BinaryIO) -> None:
 
     columns = {"path": pyarrow.array(table.paths, pyarrow.string())}
     if table.labelled:
-        classes = [table.class_names[r.label] if r.label >= 0 else None for r in table.rows]
+        names = table.classes
+        classes = [names[row.label] if row.label >= 0 else None for row in table.rows]
         columns["class"] = pyarrow.array(classes, pyarrow.string())
     if table.split:
         columns["split"] = pyarrow.array([row.split for row in table.rows], pyarrow.string())

@@ -20,6 +20,7 @@ from fastidmm.reporting.inside import Inside, inside
 from fastidmm.reporting.mistakes import mistakes
 from fastidmm.reporting.pictures import Shown, shown
 from fastidmm.scoring import current, looks
+from fastidmm.terminal import written_out
 
 REPORT = "report.html"
 
@@ -37,7 +38,7 @@ class Page:
 
     def text(self, *, renew: int = 0) -> str:
         """The page as it stands now; read live, it asks for itself every `renew` seconds."""
-        return _template().render(renew=renew, **self._facts(live=renew > 0))
+        return written_out(_template().render(renew=renew, **self._facts(live=renew > 0)))
 
     def _facts(self, *, live: bool) -> dict[str, Any]:
         """All that the template shows."""
