@@ -17,8 +17,16 @@ def check(**files: Path | None) -> None:
     for flag, path in files.items():
         if path is None or (path == STDOUT and flag == "json"):
             continue
-        if path.is_dir() or not path.parent.is_dir():
-            raise UsageError(f"--{flag} {path}: name a file in a folder that is there.")
+        try:
+            if path.is_dir() or not path.parent.is_dir():
+                raise UsageError(f"--{flag} {path}: name a file in a folder that is there.")
+            aside = _aside(path)
+            aside.touch()
+            aside.unlink()
+        except OSError as problem:
+            raise UsageError(
+                f"--{flag} {path} cannot be written ({problem.strerror}): name a file elsewhere."
+            ) from None
 
 
 def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | None) -> None:
@@ -37,9 +45,13 @@ def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | Non
     show("\n\n".join(map(figures.text, page.subjects(found))))
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def write(path: Path, text: str) -> None:
     """Write a file beside its place, and put it there whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = _aside(path)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)

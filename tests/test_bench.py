@@ -1,5 +1,6 @@
 """`bench prepare` and what all subjects share: figures, where they go, the bare command."""
 
+import errno
 import json
 import os
 from importlib import metadata
@@ -171,6 +172,37 @@ def test_a_place_that_cannot_be_written_is_refused_before_measuring(tmp_path: Pa
     ):
         with pytest.raises(UsageError, match=f"--{flag} .*: name a file in a folder that is there"):
             answers.check(**{flag: path})
+    with pytest.raises(UsageError, match=r"^--json .* cannot be written \(File name too long\): "):
+        answers.check(json=tmp_path / f"{'a' * 300}.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that is mounted to be read; nothing is left where it can be written."""
+    place = tmp_path / "answers"
+    place.mkdir()
+    touch, calls = Path.touch, list[str]()
+
+    def refusing(path: Path, *given: Any, **more: Any) -> None:
+        if place in path.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        touch(path, *given, **more)
+
+    def measure(*given: Any, **more: Any) -> dict[str, Any]:
+        calls.append("measured")
+        return made_result()
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    monkeypatch.setattr("fastidmm.bench.loss.measure", measure)
+    for flag in ("--json", "--html"):
+        assert typed(monkeypatch, "bench", "loss", flag, str(place / "a")) == 2
+        told = f"fastidmm: {flag} {place}/a cannot be written (Read-only file system): name a file"
+        assert capsys.readouterr() == ("", f"{told} elsewhere.\n")
+    assert not calls and list(place.iterdir()) == []
+    assert typed(monkeypatch, "bench", "loss", "--json", str(tmp_path / "b.json")) == 0 and calls
+    assert json.loads((tmp_path / "b.json").read_text()) == made_result()
 
 
 def test_bare_bench_is_everything_quickly(
