@@ -1,6 +1,7 @@
 """Whose a run is: one process at a time trains it, and others can see that one does."""
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,4 +48,15 @@ def _locked(file: IO[Any], *, kind: int = fcntl.LOCK_EX, after: float = 0.0) -> 
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    return True
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another's
+        pass
     return True

@@ -323,20 +323,10 @@ def _abandoned(path: Path) -> bool:
             number.isdecimal()
             and {file.name for file in path.iterdir()} <= {RECIPE, ENVIRONMENT}
             and time.time() - path.stat().st_mtime > MINUTE
-            and not _alive(int(number))
+            and not lock.alive(int(number))
         )
     except OSError:
         return False
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another's
-        pass
-    return True
 
 
 def run_folder(name: str) -> Path:
@@ -361,11 +351,13 @@ def free_folder(folder: Path) -> Path:
 
 
 def existing_run(name: str | None) -> Path:
-    """The folder of a run that was named, or of the newest; an error with the remedy otherwise."""
+    """The folder of a run or stage that was named, or of the newest run; else an error."""
     if name is not None:
         folder = run_folder(name)
-        if (folder / RECIPE).exists():
-            return folder
+        # A stage's path may begin with the name of a run in ./runs.
+        for place in (folder,) if name.startswith(".") else (Path("runs", name), folder):
+            if (place / RECIPE).exists():
+                return place
         known = [path.name for path in all_runs()]
         hint = did_you_mean(name, known) if known else "There are none in ./runs."
         raise UsageError(f"no run at {folder}. {hint}")

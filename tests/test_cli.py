@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 import fastidmm
-from fastidmm import assemble, checkpoint, cli
+from fastidmm import assemble, checkpoint, cli, record
+from fastidmm.errors import UsageError
 
 Type = Callable[..., tuple[int, str, str]]
 TINY = ["--backbone", "vit_micro", "--epochs", "1", "--batch-size", "8", "--resolution", "16"]
@@ -289,6 +290,21 @@ def test_a_run_is_named_once(typed: Type, home: Path, words: str) -> None:
     told = "RUN and --run mean the same, and name one and two: give one."
     assert status == 2 and sentence(err) == f"fastidmm: {told}"
     assert "no run at runs/one" in sentence(typed(command, "one", "--run", "one", *flags)[2])
+
+
+def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the same path elsewhere, unless that begins with a dot or a slash."""
+    for folder in ("runs/h/finetune-32", "elsewhere/h", "h/finetune-32"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "recipe.toml").touch()
+    stage = Path("runs/h/finetune-32")
+    assert record.existing_run("h/finetune-32") == stage
+    assert record.existing_run("runs/h/finetune-32") == stage
+    assert record.existing_run("elsewhere/h") == Path("elsewhere/h")
+    assert record.existing_run("./h/finetune-32") == Path("h/finetune-32")
+    assert record.existing_run(str(stage.resolve())) == stage.resolve()
+    with pytest.raises(UsageError, match="no run at h/finetune-64"):
+        record.existing_run("h/finetune-64")
 
 
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
