@@ -79,6 +79,27 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
         assert conversions == ("16-bit",)
 
 
+def test_eight_bits_in_thirty_two_are_kept(tmp_path: Path) -> None:
+    """A TIFF's values are 16-bit as soon as one needs more than 8; a PGM's by what is white."""
+    shallow, deep = np.array([[0, 99, 255]], np.int32), np.array([[0, 257, 256]], np.int32)
+    Image.fromarray(shallow).save(tmp_path / "shallow.tif")
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    Image.fromarray(shallow.astype(np.uint16)).save(tmp_path / "dark.tif")
+    Image.fromarray(shallow.astype(np.uint16)).save(tmp_path / "dark.pgm")
+    pixels, conversions = decoded(tmp_path / "shallow.tif")
+    assert pixels[0].tolist() == [[0] * 3, [99] * 3, [255] * 3]
+    assert conversions == ("32-bit of values below 256",)
+    for name, truth in (("deep.tif", [0, 1, 1]), ("dark.tif", [0, 0, 1]), ("dark.pgm", [0, 0, 1])):
+        pixels, conversions = decoded(tmp_path / name)
+        assert pixels[0].tolist() == [[v] * 3 for v in truth] and conversions == ("16-bit",)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(shallow).save(tmp_path / "turned.tif", exif=exif)
+    pixels, conversions = decoded(tmp_path / "turned.tif")
+    assert pixels[0].tolist() == [[255] * 3, [99] * 3, [0] * 3]
+    assert conversions == ("32-bit of values below 256", "rotated")
+
+
 def test_pixels_of_more_than_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "int.tif")
     Image.fromarray(np.array([[0, 0.5]], np.float32)).save(tmp_path / "float.tif")

@@ -185,16 +185,31 @@ def _too_large() -> str:
 def _conversions(image: Image.Image) -> tuple[str, ...]:
     """What has to be done to an opened image, in words to count."""
     done = []
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # loading a TIFF turns it
     if image.mode != "RGB" and image.mode != "RGBA":
-        done.append("16-bit" if image.mode.startswith("I") else MODES.get(image.mode, image.mode))
+        done.append(_depth(image) if image.mode[0] == "I" else MODES.get(image.mode, image.mode))
     if image.has_transparency_data:
         done.append("transparent")
     # A phone's MPO holds the same photograph several times.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         done.append("animated")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if turned:
         done.append("rotated")
     return tuple(done)
+
+
+def _depth(image: Image.Image) -> str:
+    """What a gray picture's values are, in words to count; loads it."""
+    return "32-bit of values below 256" if _shallow(image) else "16-bit"
+
+
+def _shallow(image: Image.Image) -> bool:
+    """Whether a 32-bit TIFF holds 8-bit values, as programs write that only know int.
+
+    As 16-bit values they would be black. A PGM of more than 8 bits has the same mode, and says
+    which value is white.
+    """
+    return image.format == "TIFF" and image.mode == "I" and int(np.asarray(image).max()) < 256
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -210,10 +225,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit gray as 8-bit gray: 65535 becomes 255."""
+    """16-bit gray as 8-bit gray: 65535 becomes 255; 8-bit values in 32 bits as they are."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels; save it with 8 or 16 bits")
+    if _shallow(image):
+        return Image.fromarray(values.astype(np.uint8))
     values = values.astype(np.uint32)
     values *= 255
     values += 32767
