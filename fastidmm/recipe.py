@@ -5,6 +5,7 @@ known one. Every run writes its recipe back with the defaults filled in.
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -198,22 +199,38 @@ def _checked(name: str, kind: type[Any], tables: Tables) -> Any:
     except ValidationError as problems:
         first = problems.errors()[0]
         key = str(first["loc"][0])
+        field = kind.model_fields.get(key)
+        if field and isinstance(field.default, tuple):
+            _check_list(f"{name}.{key}", table[key], field.default)
         if first["type"] == "extra_forbidden":
             raise UsageError(f"unknown key {name}.{key}: {_near(key, kind.model_fields)}") from None
         if first["type"] == "missing":
             raise UsageError(f"the recipe lacks {name}.{key}: give it, or --{key}.") from None
-        message = first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
         raise UsageError(f"{name}.{key} = {first['input']!r}: {message}.") from None
+
+
+def _check_list(path: str, given: Any, usual: tuple[Any, ...]) -> None:
+    """Refuse what is no list of as many values as a key takes; its default is an example of one."""
+    if not isinstance(given, list | tuple) or len(given) != len(usual):
+        raise UsageError(
+            f"{path} = {given!r}: it takes {len(usual)} values in brackets, such as "
+            f"{path}={_toml(usual)}."
+        )
 
 
 def read_tables(name: str) -> Tables:
     """The tables of a recipe: a file's path, or the name of one that comes with fastidmm."""
     shipped = Path(fastidmm.__file__).parent / "configs"
-    path = Path(name) if name.endswith(".toml") else shipped / f"{name}.toml"
+    here = name.endswith(".toml")
+    path = Path(name) if here else shipped / f"{name}.toml"
+    if not here and (os.sep in name or not path.is_file()) and Path(f"{name}.toml").is_file():
+        raise UsageError(f"no recipe {name!r}: did you mean {name}.toml?")
     try:
         tables: Tables = tomllib.loads(path.read_text())
     except OSError as problem:
-        if name.endswith(".toml"):
+        if here:
             raise UsageError(
                 f"{path} cannot be read ({problem.strerror}): give the path of a recipe."
             ) from None

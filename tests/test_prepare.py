@@ -255,7 +255,11 @@ def refuse(code: int) -> Callable[..., NoReturn]:
 @pytest.mark.parametrize(
     ("code", "error", "words"),
     [
-        (errno.ENOSPC, DataError, "no space left for .*mine: free some"),
+        (
+            errno.ENOSPC,
+            DataError,
+            "no space left for .*mine: free some .* or lower --max-side, or set",
+        ),
         (errno.EDQUOT, DataError, "set FASTIDMM_HOME to a folder on a larger disk"),
         (errno.EACCES, UsageError, "mine cannot be written .Permission denied.: set FASTIDMM"),
     ],

@@ -74,6 +74,22 @@ def test_the_backbone_settles_what_is_unset() -> None:
         ({"run": {"dataset": "d", "seed": 2**32}}, r"run\.seed"),
         ({"run": {"dataset": "d", "method": "idm"}}, r"unknown method 'idm': did you mean 'idmm'"),
         ({"run": {"dataset": "d"}, "optim": {"warmup_epochs": 900}}, r"more than the 800 epochs"),
+        (
+            {"run": {"dataset": "d"}, "method": {"large_scale": [1, 0.5]}},
+            r"^method\.large_scale = \[1, 0\.5\]: a share of the area needs 0 < low",
+        ),
+        *(
+            (
+                {"run": {"dataset": "d"}, "optim": {"betas": wrong}},
+                r"^optim\.betas = .*: it takes 2 values in brackets, such as "
+                r"optim\.betas=\[0\.9, 0\.999\]\.$",
+            )
+            for wrong in (0.9, "a", [0.9], [0.9, 0.99, 0.999], [])
+        ),
+        (
+            {"run": {"dataset": "d"}, "optim": {"betas": [0.9, 7]}},
+            r"^optim\.betas = 7: input should",
+        ),
         ({"run": 3}, r"\[run\] in the recipe must be a table"),
     ],
 )
@@ -91,9 +107,16 @@ def test_set_takes_toml_values_and_plain_words() -> None:
         with_settings({}, {}, ["lr=1"])
 
 
-def test_a_missing_recipe_and_a_broken_one(tmp_path: Path) -> None:
+def test_a_missing_recipe_and_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="did you mean 'demo'"):
         read_tables("demoo")
+    (tmp_path / "paper.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("./paper", str(tmp_path / "paper"), "mine"):
+        Path(f"{name}.toml").touch()
+        with pytest.raises(UsageError, match=rf"^no recipe '{name}': did you mean {name}\.toml\?$"):
+            read_tables(name)
+    assert read_tables("paper")["run"]  # the one that comes with fastidmm
     path = tmp_path / "broken.toml"
     path.write_text("[run\n")
     with pytest.raises(UsageError, match="is not TOML"):

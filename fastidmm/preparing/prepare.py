@@ -319,7 +319,7 @@ def _refusal(problem: OSError, folder: Path) -> FastidmmError:
     if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DataError(
             f"no space left for {folder}: free some and do the same again, which goes on from "
-            "here, or lower max_side, or set FASTIDMM_HOME to a folder on a larger disk."
+            "here, or lower --max-side, or set FASTIDMM_HOME to a folder on a larger disk."
         )
     return UsageError(
         f"{folder} cannot be written ({problem.strerror or problem}): set FASTIDMM_HOME to a "
