@@ -26,6 +26,7 @@ from fastidmm.preparing.files import write_whole
 from fastidmm.preparing.journal import Journal
 from fastidmm.preparing.making import Making, alone, write
 from fastidmm.preparing.pack import Packed, Packer, fingerprint_of
+from fastidmm.preparing.sources import check_source
 from fastidmm.preparing.summary import Summary, counted, shown
 from fastidmm.preparing.watching import watching
 
@@ -100,6 +101,7 @@ def prepare(
     folder = home() / "stores" / check_name(name, "dataset")
     if max_side < 0:
         raise UsageError(f"max_side {max_side} is less than 0: give pixels, or 0 for no limit.")
+    check_source(source, name)
     wanted = _Wanted(source, name, max_side, shard_bytes, workers, quiet)
     signature = wanted.signature()
     with _writing(folder):
