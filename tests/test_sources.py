@@ -1,16 +1,66 @@
-"""What a dataset may list, whoever wrote it."""
+"""What a dataset may list: of every registered one, and of any that is added."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastidmm.datasets import Item, Source
-from fastidmm.errors import DataError
+from fastidmm.errors import DataError, FastidmmError
+from fastidmm.preparing import fetch, lists
+from fastidmm.preparing.fetch import Patience
 from fastidmm.preparing.prepare import prepare
+from fastidmm.preparing.sources import check_source
+from fastidmm.registry import DATASETS, find
 from fastidmm.store import folder_of, open_store
+
+
+@pytest.fixture
+def offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server answers, and nobody waits for one."""
+
+    def unreachable(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "no address")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr(fetch, "PATIENCE", Patience(attempts=1, sleep=lambda _: None))
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_every_dataset_opens_or_says_what_it_needs(name: str, offline: None) -> None:
+    """Without `--from`: whole where a package or a former fetch has brought it."""
+    try:
+        source = find("dataset", name)().open(from_=None, seed=0)
+    except FastidmmError as problem:
+        assert ": " in str(problem)  # the remedy
+    else:
+        check_source(source, name)
+        assert source.train and source.description and source.root.is_dir()
+
+
+@pytest.mark.parametrize("given", ["missing", "empty"])
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_a_folder_that_is_not_a_dataset_is_refused(
+    name: str, given: str, offline: None, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FastidmmError, match=given):
+        find("dataset", name)().open(from_=tmp_path / given, seed=0)
+
+
+@pytest.mark.parametrize("read", [lists.lines, lists.mat])
+def test_a_list_that_is_not_there_is_bad_data(read: Any, tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.txt", tmp_path):
+        with pytest.raises(DataError, match=f"there is no list {path}: get it"):
+            read(path)
+
+
+# --- what prepare takes --------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def check_inside(path: Path, root: Path) -> None:
 
 def lines(path: Path) -> list[str]:
     """The lines of a list, without empty ones; names keep whatever bytes they consist of."""
-    if path.stat().st_size > MAX_LIST:
+    if _size(path) > MAX_LIST:
         raise DataError(
             f"{path} has more than {MAX_LIST:,} bytes, too many for a list: get it again."
         )
@@ -74,7 +74,7 @@ def mat(path: Path) -> dict[str, NDArray[Any]]:
     """The rows of a small MATLAB file by name, each with one dimension; a DataError otherwise."""
     from scipy.io import loadmat
 
-    if path.stat().st_size > MAX_LIST or _expanded(path.read_bytes()) > MAX_UNPACKED_MAT:
+    if _size(path) > MAX_LIST or _expanded(path.read_bytes()) > MAX_UNPACKED_MAT:
         raise DataError(f"{path} is larger than any list of images; get it again.")
     try:
         found = loadmat(path, squeeze_me=True)
@@ -82,6 +82,13 @@ def mat(path: Path) -> dict[str, NDArray[Any]]:
     except Exception as problem:
         raise DataError(f"{path} is no MATLAB file ({problem}); get it again.") from None
     return {name: np.atleast_1d(values) for name, values in found.items() if name[0] != "_"}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a list; a DataError where there is none, for datasets that did not look before."""
+    if not path.is_file():
+        raise DataError(f"there is no list {path}: get it, or check what follows --from.")
+    return path.stat().st_size
 
 
 def _expanded(content: bytes) -> int:
