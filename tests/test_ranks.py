@@ -1,9 +1,10 @@
 """Several ranks make what one process makes: every method, every share of a batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fastidmm.loaders import planned
 from fastidmm.loaders.resident import Resident
 from fastidmm.loaders.torch import Torch
 from fastidmm.methods.idmm import IDMM
+from fastidmm.methods.supervised import Supervised
 from fastidmm.norms import SharedBatchNorm, batch_norm, share_norms
 from fastidmm.ranks import World, world
 from fastidmm.record import Record
@@ -35,7 +37,9 @@ SIZES = (2, 4)
 # MoCo v3's BatchNorm makes so much of the roundings of 3 rows that one process is 4e-6 from float64
 # itself: there, float64 alone says whether ranks do the same.
 TOO_FEW = {"mocov3": (1,)}
-Made = tuple[list[list[float]], Tensor, tuple[float, Tensor]]
+Exact = tuple[Tensor, Tensor]
+Made = tuple[list[list[float]], Tensor, Exact]
+T = TypeVar("T")
 
 
 def parts_of(method: str, place: Path, **options: Any) -> Parts:
@@ -54,30 +58,60 @@ def batch_of(parts: Parts, number: int) -> Batch:
     return parts.loader.batch(number)
 
 
-def made(place: Path) -> dict[str, Made]:
-    """Of every method: numbers of some steps, its state after, and what float64 gives."""
+def made(method: str, place: Path) -> Made:
+    """Numbers of some steps of a method, its state after, and what float64 gives."""
     torch.set_num_threads(1)
-    found = {}
-    for method in sorted(METHODS):
-        parts = parts_of(method, place)
-        parts.state.micro_batches = 2 if parts.method.can_be_cut() else 1
-        exact = in_float64(parts)
-        numbers = []
-        for number in range(STEPS):
-            now = step(parts, batch_of(parts, number))
-            numbers.append([float(now.loss), *map(float, now.parts.values()), float(now.norm)])
-        state = torch.cat([t.double().flatten() for t in parts.method.state_dict().values()])
-        found[method] = numbers, state, exact
+    parts = parts_of(method, place)
+    parts.state.micro_batches = 2 if parts.method.can_be_cut() else 1
+    exact = in_float64(parts)
+    numbers = []
+    for number in range(STEPS):
+        now = step(parts, batch_of(parts, number))
+        numbers.append([float(now.loss), *map(float, now.parts.values()), float(now.norm)])
+    state = torch.cat([t.double().flatten() for t in parts.method.state_dict().values()])
+    return numbers, state, exact
+
+
+def tried(work: Callable[[], T]) -> T | Exception:
+    """What it gives, or why it gives nothing, for that method's own test to tell."""
+    try:
+        return work()
+    except Exception as problem:
+        return problem
+
+
+def given(found: T | Exception) -> T:
+    """What was tried; its exception otherwise."""
+    if isinstance(found, Exception):
+        raise found
     return found
 
 
-def in_float64(parts: Parts) -> tuple[float, Tensor]:
-    """Loss and gradient of the shorter batch, all of it in double precision."""
+def each(methods: list[str], place: Path) -> dict[str, Made]:
+    """Of every method, one after the other."""
+    return {method: made(method, place) for method in methods}
+
+
+def made_by(ranks: int, methods: list[str], place: Path) -> dict[str, list[Made] | Exception]:
+    """Of every method, what each rank made."""
+    (place / "all").mkdir()
+    together = tried(lambda: by(ranks, partial(each, methods, place / "all")))
+    if not isinstance(together, Exception):
+        return {method: [rank[method] for rank in together] for method in methods}
+    # Ranks of which one has failed wait for each other in different places: new ones for each.
+    return {
+        method: tried(lambda method=method: by(ranks, partial(made, method, place)))  # type: ignore[misc]
+        for method in methods
+    }
+
+
+def in_float64(parts: Parts) -> Exact:
+    """Loss and gradient of the shorter batch, in double precision where the method leaves it so."""
     assert isinstance(parts.loader, Resident)
     parts.method.double()
     parts.loader.dtype = torch.float64
     batch = batch_of(parts, 1)
-    loss = float(together(parts, batch, backward(parts, batch)).total)
+    loss = together(parts, batch, backward(parts, batch)).total.detach()
     found = [p.grad.flatten() for p in parts.method.parameters() if p.grad is not None]
     parts.optimizer.zero_grad(set_to_none=True)
     parts.method.float()
@@ -86,36 +120,61 @@ def in_float64(parts: Parts) -> tuple[float, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    return made(tmp_path_factory.mktemp("alone"))
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made | Exception]:
+    place = tmp_path_factory.mktemp("alone")
+    return {method: tried(partial(made, method, place)) for method in sorted(METHODS)}
 
 
 @pytest.fixture(scope="module", params=SIZES)
 def by_ranks(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    alone: dict[str, Made],  # what children use is imported by then
-) -> list[dict[str, Made]]:
-    return by(request.param, partial(made, tmp_path_factory.mktemp("ranks")))
+    alone: dict[str, Made | Exception],  # what children use is imported by then
+) -> dict[str, list[Made] | Exception]:
+    whole = [method for method, found in alone.items() if not isinstance(found, Exception)]
+    return made_by(request.param, whole, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_losses_and_gradients_are_those_of_one_process(
-    method: str, alone: dict[str, Made], by_ranks: list[dict[str, Made]]
+    method: str,
+    alone: dict[str, Made | Exception],
+    by_ranks: dict[str, list[Made] | Exception],
 ) -> None:
     """Uneven tails, a rank without images, micro-batches, drop-path, CutMix across ranks."""
-    numbers, _, (loss, gradient) = alone[method]
-    for rank in by_ranks:
-        for number, (ours, theirs) in enumerate(zip(rank[method][0], numbers, strict=True)):
+    numbers, _, (loss, gradient) = given(alone[method])
+    ranks = given(by_ranks[method])
+    for ours_all, state, (our_loss, our_gradient) in ranks:
+        for number, (ours, theirs) in enumerate(zip(ours_all, numbers, strict=True)):
             if number not in TOO_FEW.get(method, ()):
                 assert ours[:-1] == pytest.approx(theirs[:-1], rel=1e-6, abs=1e-6)
                 assert ours[-1] == pytest.approx(theirs[-1], rel=1e-5)
         # The contrastive losses are in float32 whatever their features are.
-        in_float32 = method in ("simclr", "supcon")
-        assert rank[method][2][0] == pytest.approx(loss, rel=1e-6 if in_float32 else 1e-12)
-        apart = (rank[method][2][1] - gradient).norm()
+        in_float32 = loss.dtype == torch.float32
+        assert float(our_loss) == pytest.approx(float(loss), rel=1e-6 if in_float32 else 1e-12)
+        apart = (our_gradient - gradient).norm()
         assert apart < (1e-5 if in_float32 else 1e-11) * gradient.norm()
-    assert all(torch.equal(rank[method][1], by_ranks[0][method][1]) for rank in by_ranks)
+        assert torch.equal(state, ranks[0][1])
+
+
+def test_a_broken_method_fails_its_own_test_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken where it is shared, on one rank: the others' numbers are there all the same."""
+    forward = Supervised.forward
+
+    def broken(self: Supervised, batch: Batch) -> Loss:
+        if world().rank == 1:
+            raise RuntimeError("on purpose")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Supervised, "forward", broken)
+    alone = {method: made(method, tmp_path) for method in ("mocov2", "supervised")}
+    found = made_by(2, ["supervised", "mocov2"], tmp_path)
+    with pytest.raises(AssertionError, match="on purpose"):
+        given(found["supervised"])
+    for numbers, *_ in given(found["mocov2"]):
+        assert numbers[0] == pytest.approx(alone["mocov2"][0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

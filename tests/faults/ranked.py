@@ -55,8 +55,8 @@ def by(num: int, work: Callable[[], T]) -> list[T]:
         found: list[Any] = [
             pickle.loads((Path(place) / str(rank)).read_bytes()) for rank in range(num)
         ]
-    for problem, _ in found:
-        assert not problem, problem
+    problems = [problem for problem, _ in found if problem]
+    assert not problems, "\n".join(problems)  # the first may only tell that another has ended
     return [value for _, value in found]
 
 
