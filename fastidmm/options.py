@@ -14,6 +14,7 @@ import typer
 
 from fastidmm import __version__
 from fastidmm.errors import UsageError
+from fastidmm.registry import LOADERS
 from fastidmm.terminal import line, show
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ MethodOption = Annotated[
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name, or the path of a .toml file.")
 ]
-LoaderOption = Annotated[str | None, typer.Option(help="auto, resident, dali, ffcv or torch.")]
+LoaderOption = Annotated[str | None, typer.Option(help=f"auto, or one of {', '.join(LOADERS)}.")]
 EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the images.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.")]
 ResolutionOption = Annotated[int | None, typer.Option(min=8, help="Side of a crop, px.")]

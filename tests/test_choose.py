@@ -1,6 +1,8 @@
 """`--loader auto` takes the best memory a store fits in, else what can stream it, and says why."""
 
+import re
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from synthetic import small_store
 from fastidmm.errors import DataError, UsageError
 from fastidmm.loaders import choose, memory
 from fastidmm.loaders.planned import Planned
+from fastidmm.options import LoaderOption
 from fastidmm.recipe import Recipe, Tables
+from fastidmm.registry import LOADERS
 from fastidmm.store import Store
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -103,8 +107,18 @@ def test_the_choice_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     streaming(monkeypatch, dali="x", torch="y")
     with pytest.raises(DataError, match=r"no loader can deliver .*; not dali, since x; not torch,"):
         choose.choose(store, GPU)
-    with pytest.raises(DataError, match=r"3\.0 GB of pixels fit neither .*: choose --loader dali"):
+    words = r"3\.0 GB of pixels fit neither .*: choose --loader dali or ffcv or torch, or prepare"
+    with pytest.raises(DataError, match=words):
         memory.place(store, GPU)
+
+
+def test_every_loader_is_chosen_among_and_named_in_the_help() -> None:
+    """How fast one decodes is known to whoever adds it: `auto` takes the first that can."""
+    unplaced = LOADERS.keys() - {"resident", *choose.STREAMING}
+    assert not unplaced, f"give {unplaced} a place in STREAMING of fastidmm/loaders/choose.py"
+    assert set(choose.STREAMING) <= LOADERS.keys()
+    told = get_args(LoaderOption)[1].help
+    assert {"auto", *LOADERS} <= set(re.findall(r"\w+", told)), told
 
 
 def test_a_recipe_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from fastidmm.errors import DataError
 from fastidmm.kernels.views import HAS_KERNELS
 from fastidmm.machine import available_memory
+from fastidmm.registry import LOADERS
 from fastidmm.store import Store
 
 Tier = Literal["auto", "device", "host"]
@@ -34,9 +35,10 @@ def place(store: Store, device: torch.device, tier: Tier = "auto") -> Store:
         return store
     chosen = tier_of(store, device) if tier == "auto" else tier
     if chosen is None:
+        others = " or ".join(name for name in LOADERS if name != "resident")
         raise DataError(
             f"{store.num_bytes / 1e9:.1f} GB of pixels fit neither half of the GPU's free "
-            "memory nor half of the host's: choose --loader dali, ffcv or torch, or prepare with a "
+            f"memory nor half of the host's: choose --loader {others}, or prepare with a "
             "smaller --max-side."
         )
     if store.row is not None:
