@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import torch
@@ -72,15 +73,16 @@ def gpu_tests(out: Path) -> dict[str, Any]:
         "-W", "default",
     ]  # fmt: skip
     environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
-    found: dict[str, Any] = {}
+    found, one_by_one = dict[str, Any](), Lock()
 
     def tested(file: Path) -> None:
         with tempfile.TemporaryFile("w+") as log:
             status = ended([*words, str(file)], log, OF_A_FILE, environ)
             log.seek(0)
-            print(log.read(), flush=True)
-        found[file.name] = "has none for here" if status == 5 else status
-        (out / "part.json").write_text(json.dumps(found))
+            with one_by_one:
+                print(log.read(), flush=True)
+                found[file.name] = "has none for here" if status == 5 else status
+                (out / "part.json").write_text(json.dumps(found))
 
     with ThreadPoolExecutor(len(files)) as pool:
         list(pool.map(tested, files))
