@@ -4,15 +4,13 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from fastidmm import seeds
 from fastidmm.evaluate import Score, differ
 from fastidmm.paper.protocol import WHOLE, Cut
 from fastidmm.paper.published import TITLES, Cell
-
-# Student's t, two-sided 5 %, by degrees of freedom; from 10 on the last.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +43,9 @@ class Row:
         if self.mean is None:
             return None
         low, high = self.mean.interval
-        if (count := len(self.found)) > 1:
-            values = [score.value for score in self.found]
-            half = T[min(count - 1, len(T)) - 1] * stdev(values) / count**0.5
-            if 2 * half > high - low:
-                return max(0.0, mean(values) - half), min(1.0, mean(values) + half)
+        values = [score.value for score in self.found]
+        if len(values) > 1 and 2 * seeds.half_width(values) > high - low:
+            return seeds.interval(values)
         return low, high
 
     @property
