@@ -1,7 +1,9 @@
 """Runs side by side: their scores, what is claimed of them, and where their budgets differ."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ STAGE = {"run.resolution": 16, "run.epochs": 2, "run.batch_size": 8}
 
 @pytest.fixture
 def runs(toy: str) -> list[Path]:
-    """Two runs of three epochs and one of one, each fine-tuned alike; the first is evaluated."""
+    """Two runs of three epochs and one of one, each fine-tuned alike; the first is evaluated.
+
+    In the second, too, more differs than the seed.
+    """
     folders = [Path("runs") / name for name in ("one", "two", "short")]
     for seed, (folder, epochs) in enumerate(zip(folders, (3, 3, 1), strict=True)):
-        stages.pretrain(recipe(epochs=epochs, seed=seed), folder.name)
+        stages.pretrain(recipe(epochs=epochs, seed=seed, score_every=20 + seed), folder.name)
         stages.finetune(folder, STAGE, [])
     stages.finetune(folders[0], STAGE, [], pretrained=False)  # no part of the comparison
     scoring.evaluate(folders[0])
@@ -106,6 +111,7 @@ def test_only_what_a_test_finds_is_claimed(
     assert claims["kNN accuracy on frozen features"]["outcome"] == "missing"
     words = compare.as_text(found)
     assert ("no difference can be claimed" in words) == (outcome == "open")
+    assert words.count("one run each: what another seed would change is not in this") == 1
 
 
 def test_unequal_fine_tuning_and_other_images_are_no_comparison(runs: list[Path]) -> None:
@@ -155,7 +161,8 @@ def test_images_that_another_seed_chose_are_others(
     """As many of the same dataset, but where all of it was learnt from."""
     folders = [Path("runs") / name for name in ("one", "two", "same")]
     for folder, seed in zip(folders, (0, 1, 0), strict=True):
-        stages.pretrain(recipe(epochs=1, seed=seed, **asked), folder.name)
+        more = {**asked, "score_every": 20 + seed}  # or they were two seeds of one setting
+        stages.pretrain(recipe(epochs=1, seed=seed, **more), folder.name)
         scoring.evaluate(folder)
     two, same = (
         {c["why"] for c in compare.compare([folders[0], f])["claims"]} for f in folders[1:]
@@ -176,6 +183,123 @@ def test_the_command_prints_a_column_a_run(typed: Type, runs: list[Path]) -> Non
     assert "frozen features not scored: fastidmm evaluate runs/two" in rows
     status, out, _ = typed("compare", "one", "two", "--json")
     assert status == 0 and [r["run"] for r in json.loads(out)["runs"]] == ["runs/one", "runs/two"]
+
+
+# --- several seeds of one setting ---------------------------------------------------------------
+
+MEASURE = "fine-tuned accuracy at 16 px"
+
+
+def by_seeds(name: str, seeds: tuple[int, ...], **changes: Any) -> list[Path]:
+    """A run of each seed, fine-tuned alike: `NAME-SEED`."""
+    folders = [Path("runs") / f"{name}-{seed}" for seed in seeds]
+    for folder, seed in zip(folders, seeds, strict=True):
+        stages.pretrain(recipe(**{"epochs": 1, "seed": seed, **changes}), folder.name)
+        stages.finetune(folder, {**STAGE, "run.epochs": 1}, [])
+    return folders
+
+
+def grouped(folders: list[Path]) -> list[list[str]]:
+    return [[Path(run).name for run in g["runs"]] for g in compare.compare(folders)["groups"]]
+
+
+# Right answers of three seeds each, of 100. Welch's test by scipy: p = 0.021, 0.021, 0.070, 0.094.
+# By that of 100 images the last two, of 20 and of 16 points, would be claimed, and not the first.
+BY_WELCH = [
+    (((40, 42, 44), (46, 48, 50)), "higher"),
+    (((46, 48, 50), (40, 42, 44)), "lower"),
+    (((30, 40, 50), (50, 60, 70)), "open"),
+    (((40, 50, 60), (62, 66, 70)), "open"),
+]
+
+
+def test_settings_are_told_apart_by_their_seeds(toy: str) -> None:
+    """Given by turns, and out of order."""
+    one, other = by_seeds("a", (2, 0, 1)), by_seeds("b", (0, 1, 2), epochs=2)
+    for right, outcome in BY_WELCH:
+        for folder, number in zip([*one, *other], [*right[0], *right[1]], strict=True):
+            tell(folder / "finetune-16", number, 100)
+        found = compare.compare([f for pair in zip(one, other, strict=True) for f in pair])
+        assert [g["runs"] for g in found["groups"]] == [list(map(str, one)), list(map(str, other))]
+        for group, numbers in zip(found["groups"], right, strict=True):
+            told, middle = group["scores"][MEASURE], sum(numbers) / 300
+            # Student's t of two degrees of freedom; numbers are equally far apart.
+            half = 4.3027 * abs(numbers[1] - numbers[0]) / 100 / 3**0.5
+            assert (told["value"], told["seeds"]) == (pytest.approx(middle), 3)
+            assert told["interval"] == pytest.approx([middle - half, middle + half], abs=1e-5)
+        (claim,) = found["claims"]
+        assert (claim["outcome"], claim["seeds"], claim["why"]) == (outcome, [3, 3], "")
+        assert claim["points"] == pytest.approx((sum(right[1]) - sum(right[0])) / 3)
+    assert [group["seeds"] for group in found["groups"]] == [[2, 0, 1], [0, 1, 2]]
+    assert [run["run"] for run in found["runs"]][:2] == [str(one[0]), str(other[0])]
+    head, *lines = compare.as_text(found).splitlines()
+    assert re.split(r"\s{2,}", head.strip()) == ["a-2 (3 seeds)", "b-0 (3 seeds)"]
+    assert "a-2 (3 seeds): the mean, and its 95 % interval over seeds, of a-2, a-0, a-1" in lines
+    assert not any("one run" in line for line in lines)
+    assert "pretraining epochs: 1 in runs/a-2, 2 in runs/b-0" in found["unequal"]
+
+
+@pytest.mark.parametrize(("single", "outcome"), [(70, "open"), (100, "higher")])
+def test_one_run_is_not_claimed_to_differ_from_seeds_as_far_apart(
+    toy: str, single: int, outcome: str
+) -> None:
+    """By 100 images 70 differ from 50 (z = 2.9); seeds of 40, 50 and 60 have 50 +- 49.7."""
+    folders = by_seeds("a", (0, 1, 2))
+    for folder, number in zip(folders, (40, 50, 60), strict=True):
+        tell(folder / "finetune-16", number, 100)
+    (other,) = by_seeds("b", (0,), epochs=2)
+    tell(other / "finetune-16", single, 100)
+    found = compare.compare([*folders, other])
+    (claim,) = found["claims"]
+    assert (claim["outcome"], claim["seeds"]) == (outcome, [1, 3])
+    words = compare.as_text(found)
+    assert "one run beside several" in words and "one run each" not in words
+
+
+def test_seeds_of_one_setting_are_no_settings_to_compare(toy: str) -> None:
+    found = compare.compare(by_seeds("a", (0, 1)))
+    assert len(found["runs"]) == 2 and len(found["groups"]) == 1 and not found["claims"]
+    assert "seeds of one setting: name runs of another to compare it with" in compare.as_text(found)
+
+
+def test_a_setting_is_all_that_changes_results(toy: str) -> None:
+    """And every seed counts once; a run that a fine-tuned one began with is part of its setting."""
+    one, two = by_seeds("a", (0, 1), device="cpu")
+    (idle,) = by_seeds("idle", (2,), log_every=1, checkpoint_every=1, micro_batches=1)
+    (again,) = by_seeds("again", (1,))
+    (other,) = by_seeds("other", (3,), holdout=0.2)
+    assert grouped([one, two, idle, again, other]) == [
+        ["a-0", "a-1", "idle-2"], ["again-1"], ["other-3"]
+    ]  # fmt: skip
+    stages.finetune(idle, {**STAGE, "run.epochs": 2}, [])
+    assert grouped([one, two, idle]) == [["a-0", "a-1"], ["idle-2"]]
+    begun = [Path("runs") / f"begun-{start.name}" for start in (one, two, other)]
+    for seed, (folder, start) in enumerate(zip(begun, (one, two, other), strict=True)):
+        init = f"../{start.name}/checkpoints/{Record(start).result.name}"
+        stages.pretrain(recipe(epochs=1, seed=seed, init=init), folder.name)
+    assert grouped(begun) == [["begun-a-0", "begun-a-1"], ["begun-other-3"]]
+
+
+def test_a_run_that_is_not_finished_is_no_seed_of_a_setting(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = by_seeds("a", (0, 1))
+    assert grouped(folders) == [["a-0", "a-1"]]
+    stopped = property(lambda record: record.folder.name != "a-1")
+    monkeypatch.setattr(Record, "finished", stopped)
+    assert grouped(folders) == [["a-0"], ["a-1"]]
+
+
+def test_seeds_that_choose_their_images_compare_with_the_same_seeds(toy: str) -> None:
+    of = {
+        (name, seed): by_seeds(f"{name}{seed}", (seed,), epochs=epochs, num_images=12)[0]
+        for (name, epochs), seed in product((("a", 1), ("b", 2)), (0, 1, 2))
+    }
+    ours = [of["a", 0], of["a", 1]]
+    for seeds, why in (((1, 0), ""), ((1, 2), "other images of the same dataset")):
+        found = compare.compare([*ours, *(of["b", seed] for seed in seeds)])
+        assert [len(group["runs"]) for group in found["groups"]] == [2, 2]
+        assert {claim["why"] for claim in found["claims"]} == {why}
 
 
 def test_wrong_uses(typed: Type, runs: list[Path]) -> None:
