@@ -269,8 +269,23 @@ def test_paths_are_drawn_together() -> None:
             counter = (counters.step, counters.place, path.block, 0)
             kept = philox(counter, counters.key(Use.DROP))[:, 0] >= 2**31
             assert path(torch.ones(2)).tolist() == (2 * kept).tolist()
-    with pytest.raises(AssertionError, match="set_place"):
+    with pytest.raises(UsageError, match=r"backbone\.set_place\(torch\.arange"):
         paths[0](torch.ones(3, 2))
+    with pytest.raises(UsageError, match=r"backbone\.set_place\(torch\.arange"):
+        Dropout(0.5, 3, counters).train()(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "t2t_vit_7"])
+@pytest.mark.parametrize("size", [(48, 48), (32, 48)])
+def test_images_of_another_size_are_one_sentence(name: str, size: tuple[int, int]) -> None:
+    told = rf"images of 32 x 32 px, not {size[0]} x {size[1]}: .*Run\.backbone\(resolution=\.\.\.\)"
+    with pytest.raises(UsageError, match=told):
+        build(name, resolution=32).eval()(torch.zeros(1, 3, *size))
+
+
+def test_a_pyramid_takes_any_size() -> None:
+    model = build("pvtv2_b0", resolution=32).eval()
+    assert model(torch.zeros(1, 3, 64, 48)).shape == (1, 256)
 
 
 # --- loading ------------------------------------------------------------------------------------

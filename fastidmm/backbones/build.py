@@ -61,11 +61,30 @@ class Encoder(nn.Module):
         width = getattr(model, "head_hidden_size", None) or model.num_features
         self.num_features = int(width)  # type: ignore[arg-type]
 
-    def set_place(self, place: Tensor) -> None:
-        """Say which crops of the global batch come next: (C,) int64."""
+    def set_place(self, place: Tensor, *, step: int | None = None) -> None:
+        """Say which crops of the global batch come next, (C,) int64 on their device; in which step.
+
+        What is dropped in training mode is a function of both, and of the run's seed: a loop of
+        one's own says so before every forward pass. Without `step` it stays the one before.
+        """
+        if step is not None:
+            self.counters.step = step
         self.counters.place = place
         if self.training:
             self.words.draw()
+
+    def _check_size(self, images: Tensor) -> None:
+        """Refuse images of another size than a model's positions are for, where they are."""
+        embed = getattr(self.model, "patch_embed", self.model)
+        size = getattr(embed, "img_size", None)
+        if not size or not getattr(embed, "strict_img_size", False):
+            return
+        if images.shape[2:] != tuple(size):
+            wanted, given = (" x ".join(map(str, each)) for each in (size, images.shape[2:]))
+            raise UsageError(
+                f"this backbone was made for images of {wanted} px, not {given}: give it those, or "
+                "have another made from Python by Run.backbone(resolution=...)."
+            )
 
     def compile_training(self) -> None:
         """Train by a compiled model, which rounds otherwise; what is scored goes the plain way."""
@@ -75,6 +94,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before any head: (C, D)."""
+        self._check_size(images)
         compiled = self._compiled if self.training else None
         features: Tensor = called(self.model, images) if compiled is None else compiled(images)
         return features

@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from fastidmm.chance import Counters, Use, happens, limit, philox
 from fastidmm.errors import UsageError
 
+UNPLACED = (
+    "in training mode a backbone drops paths by step and by crop: before every forward pass call "
+    "backbone.set_place(torch.arange(len(images), device=images.device), step=STEP), or "
+    "backbone.eval() to drop none."
+)
 # Modules of other kinds that draw in training: what a backbone may not hold after replacement.
 DRAWING = ("drop", "noise", "stochastic")
 
@@ -62,7 +67,8 @@ class DropPath(nn.Module):
         """What each crop of x (C, ...) is multiplied by: (C,) float32; None stands for 1."""
         if not self.training or self.idle:
             return None
-        assert len(self.scale) == len(x), "say which crops come next: Encoder.set_place"
+        if len(self.scale) != len(x):
+            raise UsageError(UNPLACED)
         return self.scale
 
 
@@ -78,7 +84,8 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         state, num = self.counters, x[0].numel()
-        assert len(state.place) == len(x), "say which crops come next: Encoder.set_place"
+        if len(state.place) != len(x):
+            raise UsageError(UNPLACED)
         quads = torch.arange(-(-num // 4), device=x.device)
         counter = (state.step, state.place[:, None], self.block, quads)
         words = philox(counter, state.key(Use.DROP)).flatten(1)[:, :num]

@@ -130,6 +130,8 @@ class T2TViT(nn.Module):
         self.tokens_to_token = TokensToToken(in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         side = img_size if isinstance(img_size, int) else img_size[0]  # timm's own is a pair
+        # As timm's patches say it: positions are of one size.
+        self.img_size, self.strict_img_size = (side, side), True
         positions = sinusoids((side // 16) ** 2 + 1, embed_dim)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.Sequential(
