@@ -9,14 +9,20 @@ print(run.evaluate()["scores"], run.report())
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
+
+from PIL.Image import Image
+from torch import Tensor, nn
 
 from fastidmm import scoring, stages
 from fastidmm.backbones.build import Encoder, build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
+from fastidmm.exporting.learnt import head_of
+from fastidmm.exporting.pictures import looked_at
 from fastidmm.options import recipe_of, recipe_settings
 from fastidmm.preparing.prepare import prepare as prepare_source
 from fastidmm.preparing.summary import Summary
@@ -118,17 +124,47 @@ class Run:
         """Write report.html; where it is."""
         return write(self.folder)
 
-    def backbone(self) -> Encoder:
-        """The trained backbone on the CPU, for evaluation: (C, 3, S, S) normalised to (C, D)."""
+    def backbone(self, *, resolution: int | None = None) -> Encoder:
+        """The trained backbone on the CPU, in evaluation mode: images (C, 3, S, S) to (C, D).
+
+        Images as `transform` gives them: resized to 256 / 224 of S, the central S x S px cut out,
+        less ImageNet's mean, by its deviation. S is the run's resolution, or the one given, to
+        which position embeddings are resized as stages do it. To train it in a loop of your own,
+        call `train()`, and before every forward pass
+        `set_place(torch.arange(len(images), device=images.device), step=STEP)`: which paths are
+        dropped is drawn from the step and each image's place in the batch.
+        """
         recipe = Record(self.folder).recipe
         encoder = build_encoder(
             recipe.run.backbone,
             recipe.backbone,
-            resolution=recipe.run.resolution,
+            resolution=resolution or recipe.run.resolution,
             counters=Counters(recipe.run.seed),
         )
         load_weights(encoder, newest_weights(self.folder), source=str(self.folder))
         return encoder.eval()
+
+    def classifier(self) -> nn.Module:
+        """Backbone and classifier, as `backbone`: images (C, 3, S, S) to logits (C, classes).
+
+        Of a stage, or a run by labels, and by the weights that `evaluate` scores; classes are in
+        the order of its `class_names`.
+        """
+        record = Record(self.folder)
+        if (method := record.recipe.run.method) != "supervised":
+            raise UsageError(
+                f"{self.folder} learnt no classes, by {method}: take a stage, such as "
+                "run.finetune() or one of run.stages."
+            )
+        head = head_of(record.result).requires_grad_()
+        return nn.Sequential(self.backbone(), head).eval()
+
+    def transform(self, *, resolution: int | None = None) -> Callable[[Image], Tensor]:
+        """What makes of a PIL image the pixels that `evaluate` sees, (3, S, S) float32.
+
+        To the bit on a CPU, of a photograph prepared with the default `max_side`.
+        """
+        return partial(looked_at, resolution=resolution or Record(self.folder).resolution)
 
 
 def prepare(

@@ -68,6 +68,13 @@ def resized_side(resolution: int) -> int:
     return round(resolution * 256 / 224)
 
 
+def central_views(store: Store, rows: Tensor, resolution: int) -> Tensor:
+    """Central crops of some rows, as everything here sees them: (C, 3, S, S) float32."""
+    high, wide, resize = store.height[rows], store.width[rows], resized_side(resolution)
+    crops = central_crops(rows, high, wide, size=resolution, resize=resize)
+    return plain_views(store, crops, PLAIN)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """No gradients, no dropping, and the module's mode restored."""
@@ -96,14 +103,7 @@ def outputs(
     parts = []
     with evaluating(model):
         for some, rows in _a_few_at_once(store, stop):
-            crops = central_crops(
-                rows,
-                some.height[rows],
-                some.width[rows],
-                size=resolution,
-                resize=resized_side(resolution),
-            )
-            images = plain_views(some, crops, PLAIN)
+            images = central_views(some, rows, resolution)
             # Around the model only: a resize in bfloat16 would be off by 2/255.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = model(images.contiguous(memory_format=torch.channels_last))

@@ -64,10 +64,10 @@ def learnt(folder: Path) -> Learnt:
         return Learnt(record, record.result, encoder, None, ())
     if not record.finished:
         raise UsageError(record.unfinished)
-    return Learnt(record, record.result, encoder, _head(record.result), _class_names(record))
+    return Learnt(record, record.result, encoder, head_of(record.result), _class_names(record))
 
 
-def _head(path: Path) -> nn.Linear:
+def head_of(path: Path) -> nn.Linear:
     """The linear classifier in a checkpoint."""
     (tensors,), _ = checkpoint.load(path, checkpoint.MODEL)
     weight, bias = tensors["head.weight"], tensors["head.bias"]

@@ -1,4 +1,4 @@
-"""The photographs that `embed` looks at, a few at a time: of a prepared dataset or a folder."""
+"""The photographs that are looked at: a prepared dataset's or a folder's, a few at a time; one."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from fastidmm.datasets import Item, Unusable
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError, did_you_mean
-from fastidmm.evaluate import CROPS_AT_ONCE
-from fastidmm.preparing.decode import Picture, decode_all
+from fastidmm.evaluate import CROPS_AT_ONCE, central_views
+from fastidmm.preparing.decode import Picture, decode_all, upright
 from fastidmm.preparing.prepare import MAX_SIDE
 from fastidmm.preparing.summary import shown
 from fastidmm.store import Store, folder_of, open_store, prepared, read_json
@@ -101,6 +103,25 @@ def _decoded(
         yield _together(held, found.class_names)
     if not any_usable:
         raise DataError(f"{root} has no usable photograph: {shown(found.left_out)}.")
+
+
+def looked_at(image: Image.Image, *, resolution: int) -> Tensor:
+    """A photograph as `evaluate` sees it on a CPU: (3, S, S) float32, normalised.
+
+    Upright, in RGB and no larger than by default in a store.
+    """
+    # exif_transpose copies, so that the caller's image stays as it is.
+    rgb = upright(ImageOps.exif_transpose(image), MAX_SIDE)
+    store = Store(
+        pixels=torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8),
+        offset=torch.zeros(1, dtype=torch.int64),
+        height=torch.tensor([rgb.height], dtype=torch.int32),
+        width=torch.tensor([rgb.width], dtype=torch.int32),
+        label=torch.tensor([-1]),
+        class_names=(),
+        fingerprint="",
+    )
+    return central_views(store, torch.zeros(1, dtype=torch.int64), resolution)[0]
 
 
 def _together(
