@@ -346,7 +346,8 @@ def as_text(found: dict[str, Any]) -> str:
     for group in groups:
         if len(group["runs"]) > 1:
             runs = ", ".join(line(Path(run).name) for run in group["runs"])
-            lines.append(f"{line(group['name'])}: the mean, and its 95 % interval over seeds, of {runs}")
+            name = line(group["name"])
+            lines.append(f"{name}: the mean, and its 95 % interval over seeds, of {runs}")
     if found["claims"]:
         lines += ["", f"beside {found['runs'][0]['run']}:", *_claims_text(found)]
     else:
@@ -367,7 +368,7 @@ def _claims_text(found: dict[str, Any]) -> list[str]:
         words = (claim["why"] and f"not comparable: {claim['why']}") or VERDICTS[claim["outcome"]]
         if claim["points"] is not None and claim["outcome"] in ("higher", "lower"):
             words += f" by {abs(claim['points']):.1f} points"
-        lines.append(f"  {named[claim['run']]}, {claim['measure']}: {words}")
+        lines.append(f"  {line(named[claim['run']])}, {claim['measure']}: {words}")
     tested = [claim for claim in found["claims"] if claim["outcome"] in TESTED]
     numbers = [sorted(claim["seeds"]) for claim in tested]
     if [1, 1] in numbers:

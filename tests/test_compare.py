@@ -77,8 +77,11 @@ def test_scores_and_budgets_are_the_runs_own(runs: list[Path]) -> None:
 def test_a_twentieth_longer_is_no_other_budget_and_a_fifth_is(toy: str) -> None:
     """Whichever of the two it is."""
     made_run(Path("runs/one"))
-    one = replace(compare.Compared.of(Path("runs/one")), seconds=100.0)
-    near, far = (replace(one, folder=Path("runs/two"), seconds=s) for s in (105.0, 120.0))
+    run = compare.Compared.of(Path("runs/one"))
+    one, near, far = (
+        compare.Group((replace(run, folder=Path("runs") / name, seconds=seconds),))
+        for name, seconds in (("one", 100.0), ("two", 105.0), ("two", 120.0))
+    )
     assert compare._unequal(one, near) == compare._unequal(near, one) == []
     assert compare._unequal(one, far) == ["training time: 100 s in runs/one, 120 s in runs/two"]
     assert compare._unequal(far, one) == ["training time: 120 s in runs/two, 100 s in runs/one"]
