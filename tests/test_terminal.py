@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import MakePhotos, Type, sentence
@@ -99,16 +100,20 @@ def test_hard_classes_are_told_in_a_line() -> None:
 def test_runs_with_odd_names_are_told_in_a_line() -> None:
     table = runs.as_table([{"run": "a\nb\x1b", "state": "broken: c\nd"}])
     assert table.splitlines()[1:] == ["a\\nb\\u001b  broken: c\\nd"]
-    told = {"scores": {}, "budget": {}, "seconds": 1.0}
+    told: dict[str, Any] = {"scores": {}, "budget": {}, "seconds": 1.0}
+    claim = {"run": "runs/c\nd", "measure": "kNN", "outcome": "missing", "points": None, "why": ""}
     found = {
         "runs": [{"run": "runs/a\nb", **told}, {"run": "runs/c\nd", **told}],
-        "claims": [
-            {"run": "runs/c\nd", "measure": "kNN", "outcome": "missing", "points": None, "why": ""}
+        "groups": [
+            {"name": "a\nb", "runs": ["runs/a\nb"], **told},
+            {"name": "c\nd", "runs": ["runs/c\nd", "runs/e\nf"], **told},
         ],
+        "claims": [{**claim, "seeds": [0, 0]}],
         "unequal": [],
     }
     rows = compare.as_text(found).splitlines()
     assert rows[0].split() == ["a\\nb", "c\\nd"] and "  c\\nd, kNN: not run" in rows
+    assert "c\\nd: the mean, and its 95 % interval over seeds, of c\\nd, e\\nf" in rows
 
 
 @pytest.mark.parametrize("wide", [True, False])
