@@ -60,7 +60,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "standard deviation of the published slip": ((BATCH, "recipe::test_paper_and_official_differ_where_the_published_code_differs"), [("IMAGENET_STD = (0.229,", "IMAGENET_STD = (0.228,")]),
     # The loss.
     "CutMix's target without the partner": ((IDMM, IDMM_IS), [("views.partners,", "views.rows,")]),
-    "weight and its rest swapped in IDMM": ((IDMM, IDMM_IS), [("                views.weights,\n", "                1 - views.weights,\n")]),
+    "weight and its rest swapped in IDMM": ((IDMM, IDMM_IS), [("            views.weights,\n            bias", "            1 - views.weights,\n            bias")]),
     "mean over all groups": ((IDMM, IDMM_IS), [("torch.stack(losses).sum()", "torch.stack(losses).mean()")]),
     "IDMM's micro-batches divided by their own size": ((IDMM, SUM), [("1 / views.total", "1 / views.rows.numel()")]),
     "mixed labels' target without the partner": ((SUPERVISED, SUPERVISED_IS), [("views.partner_labels,", "views.labels,")]),
@@ -105,7 +105,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "places by the rank": ((SHARES, "ranks::test_each_rank_makes_its_crops_of_the_one_batch"), [("place=wanted)", "place=torch.arange(len(wanted), device=device))")]),
     "smoothing over a rank's rows": (("fastidmm/sharded.py", "sharded::test_the_loss_of_a_head_in_parts_is_that_of_the_whole"), [("rest = smoothing / sum(shards)", "rest = smoothing / max(1, shards[here.rank])")]),
     "rows of the first rank kept": ((CHECKPOINT, "sharded::test_runs_go_on_wherever_rows_are"), [("table[name] = table[name][slice(*world().own(sizes))]", "table[name] = table[name][: sizes[world().rank]]")]),
-    "a signal lost while ranks agree": ((TRAIN, "ranks_runs::test_a_signal_to_one_rank_stops_all_and_another_number_goes_on"), [("if asked := world().any(stop.requested):\n            stop.requested = True", "if asked := world().any(stop.requested) and world().first:\n            stop.requested = True")]),
+    "a signal lost while ranks agree": ((TRAIN, "ranks_runs::test_a_signal_to_one_rank_stops_all_and_another_number_goes_on"), [("if asked := world().any(stop.requested):", "if asked := stop.requested:")]),
     # Going on.
     "a step left out after a resume": ((CAPTURE, KILLED), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step + bool(parts.state.step))")]),
     "a resume begins the epoch anew": ((CAPTURE, SIGNAL), [("loader.batches(parts.state.step)", "loader.batches(parts.state.step // parts.loader.steps_per_epoch * parts.loader.steps_per_epoch)")]),

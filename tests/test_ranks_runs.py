@@ -67,6 +67,7 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(
     assert ended(children) == [75, 75]
     made = Record(run).steps
     assert 2 <= made < 16 and said(place).count("`fastidmm resume runs/run` goes on") == 1
+    assert f"stopped at step {made}; " in said(place)  # together, and none left behind
     (replayed,) = verify(run, 20)
     assert not replayed.difference and "of those of 2 ranks" in str(replayed)
     children = ranks(3, "resume run", place)
