@@ -45,11 +45,13 @@ LOADERS = {
 KERNELS = {
     "add_norm": "fastidmm.kernels.add_norm:add_norm",
     "draws": "fastidmm.kernels.draws:draws",
+    "dropout": "fastidmm.kernels.dropout:dropout",
     "dwconv_gelu": "fastidmm.kernels.dwconv_gelu:dwconv_gelu",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "linear_add_norm": "fastidmm.kernels.linear_add_norm:linear_add_norm",
     "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",
     "linear_heads": "fastidmm.kernels.linear_heads:linear_heads",
+    "linear_performer": "fastidmm.kernels.linear_performer:linear_performer",
     "randaugment": "fastidmm.kernels.randaugment:randaugment",
     "views": "fastidmm.kernels.views:views",
     "words": "fastidmm.kernels.words:words",

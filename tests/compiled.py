@@ -26,9 +26,13 @@ from fastidmm.kernels import (
     add_norm_program,
     draws,
     draws_program,
+    dropout,
+    dropout_program,
     dwconv_gelu,
     dwconv_gelu_program,
     linear_gelu,
+    linear_performer,
+    linear_performer_program,
     linear_program,
     randaugment,
     randaugment_program,
@@ -198,6 +202,28 @@ def linear_builds(architecture: int) -> dict[str, Build]:
     }
 
 
+def performer_builds(architecture: int) -> dict[str, Build]:
+    """Linear attention as token blocks have it, and the dropout after it, in bf16."""
+    kinds = {
+        "*bf16": "KQV OUT D_OUT D_V D_KQV",
+        "*fp32": "W SUMS TOTALS D_SUMS D_TOTALS SHARES",
+        "i32": "tokens",
+    }
+    arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
+    found = {}
+    for name in ("gather", "spread", "query", "pair"):
+        kernel = getattr(linear_performer_program, f"{name}_kernel")
+        own = {key: kind for key, kind in arguments.items() if key in kernel.arg_names}
+        constants = linear_performer.shape_of(64, 32) | {"SPAN": linear_performer.SPAN}
+        found[name] = Build(kernel, own, constants, linear_performer.OPTIONS)
+    drops = {
+        "X": "*bf16", "OUT": "*bf16", "PLACE": "*i64", "STEP": "*i64", "layer": "i32",
+        "limit": "i64", "key": "i64", "factor": "fp32", "num": "i32:16",
+    }  # fmt: skip
+    constants = {"COUNTED": True, "QUADS": dropout.QUADS}
+    return found | {"dropout": Build(dropout_program.dropout, drops, constants, {})}
+
+
 def dwconv_builds(architecture: int) -> dict[str, Build]:
     """Convolutions of maps as wide as PVTv2 has them from 112 to 448 px, bf16."""
     kinds = {
@@ -327,8 +353,8 @@ def built(build: Build, architecture: int) -> dict[str, int]:
 
 KINDS = {
     "rows": row_builds, "tiles": tile_builds, "views": view_builds, "draws": draw_builds,
-    "norms": norm_builds, "linear": linear_builds, "dwconv": dwconv_builds,
-    "randaugment": randaugment_builds, "launches": launch_builds,
+    "norms": norm_builds, "linear": linear_builds, "performer": performer_builds,
+    "dwconv": dwconv_builds, "randaugment": randaugment_builds, "launches": launch_builds,
 }  # fmt: skip
 
 

@@ -15,6 +15,11 @@ NORMS, NORMS_CALL = ("kernels/add_norm_program.py", "add_norm"), ("kernels/add_n
 JOINED = "kernels/add_norm_program.py", "linear"
 LINEAR, GELU = ("kernels/linear_program.py", "linear"), ("kernels/linear_gelu.py", "linear")
 HEADS = "kernels/linear_heads.py", "linear"
+LINEAR_ATTENTION, ITS_CALL = (
+    ("kernels/linear_performer_program.py", "linear"),
+    ("kernels/linear_performer.py", "linear"),
+)
+DROPOUT, DROPOUT_CALL = ("kernels/dropout_program.py", "dropout"), ("kernels/dropout.py", "dropout")
 CONV, CONV_CALL = ("kernels/dwconv_gelu_program.py", "linear"), ("kernels/dwconv_gelu.py", "linear")
 VIEWS_CPU, WORDS = ("kernels/views_cpu.py", "views_cpu"), ("kernels/words.py", "chance")
 
@@ -44,6 +49,26 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "keys beside queries' next row": (LINEAR, [("tl.store(D_X + to + width, k, here)", "tl.store(D_X + to + 2 * width, k, here)"), ("tl.store(D_X + to + 2 * width, v, here)", "tl.store(D_X + to + width, v, here)")]),
     "values' bias for keys'": (LINEAR, [("tl.sum(of_k, 0), width,", "tl.sum(of_k, 0), 2 * width,"), ("tl.sum(of_v, 0), 2 * width,", "tl.sum(of_v, 0), width,")]),
     "heads as they come": (HEADS, [("each.transpose(1, 2).contiguous() for each in gradients", "each.contiguous().view_as(each.transpose(1, 2)) for each in gradients")]),
+    "P: features without their tokens' size": (LINEAR_ATTENTION, [("tl.sum(x * x, 1)[:, None] * 0.5", "tl.sum(x * x, 1)[:, None] * 0.0")]),
+    "P: features of no direction": (LINEAR_ATTENTION, [("& (tl.arange(0, FEATURES) < M)[None, :]", "& (tl.arange(0, FEATURES) >= 0)[None, :]"), ("(M**-0.5)", "(FEATURES**-0.5)")]),
+    "P: features of no token": (LINEAR_ATTENTION, [("there = here[:, None] &", "there = (here | True)[:, None] &")]),
+    "P: a span's last block alone": (LINEAR_ATTENTION, [("        sums += _times(tl.trans(features), v)", "        sums = _times(tl.trans(features), v)")]),
+    "P: queries for keys": (LINEAR_ATTENTION, [("        k = tl.load(KQV + place, here, 0.0).to(tl.float32)\n        v = tl.load(KQV + place + 2 * D, here, 0.0).to(tl.float32)\n        features = _features(k, w, token < tokens, M, FEATURES)\n        sums", "        k = tl.load(KQV + place + D, here, 0.0).to(tl.float32)\n        v = tl.load(KQV + place + 2 * D, here, 0.0).to(tl.float32)\n        features = _features(k, w, token < tokens, M, FEATURES)\n        sums")]),
+    "P: the total's gradient left out": (LINEAR_ATTENTION, [("d_features + d_total[:, None] * totals[None, :]", "d_features")]),
+    "P: the total's gradient without its sign": (LINEAR_ATTENTION, [("d_total = -tl.sum(", "d_total = tl.sum(")]),
+    "P: keys' share of the total left out": (LINEAR_ATTENTION, [(" + d_totals[None, :]", "")]),
+    "P: a token's size without gradient": (LINEAR_ATTENTION, [(" - x * tl.sum(d_exponent, 1)[:, None]", "")]),
+    "P: values asked for elsewhere": (LINEAR_ATTENTION, [("            d_v += tl.load(D_V", "            d_v += 0 * tl.load(D_V")]),
+    "P: keys' bias for queries'": (LINEAR_ATTENTION, [("of_k, of_span, 0,", "of_v, of_span, 0,")]),
+    "P: one span's bias": (ITS_CALL, [("shares.sum(0)", "shares[0]")]),
+    "P: one span's sums": (ITS_CALL, [("sums, totals = sums.sum(1), totals.sum(1)", "sums, totals = sums[:, 0].contiguous(), totals[:, 0].contiguous()")]),
+    "P: one span's gradients": (ITS_CALL, [("d_sums.sum(1), d_totals.sum(1)", "d_sums[:, 0].contiguous(), d_totals[:, 0].contiguous()")]),
+    "P: values for keys": (ITS_CALL, [("x[..., 2 * width :], found", "x[..., :width], found")]),
+    "dropout of the next number": (DROPOUT, [("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(b, c), tl.join(a, d))")]),
+    "dropout of one crop for all": (DROPOUT, [("tl.load(PLACE + crop)", "tl.load(PLACE)")]),
+    "dropout without its factor": (DROPOUT, [("0.0, factor)", "0.0, 1.0)")]),
+    "dropout's factor in full": (DROPOUT_CALL, [("float(torch.ones((), dtype=x.dtype) / (1 - p))", "1 / (1 - p)")]),
+    "dropout: another layer back": (DROPOUT_CALL, [("ctx.given = p, counter, key", "ctx.given = p, (*counter[:2], counter[2] + 1), key")]),
     "a convolution mirrored": (CONV, [("made0 = above0 + x0 * w6 + x1 * w7 + x2 * w8", "made0 = above0 + x2 * w6 + x1 * w7 + x0 * w8")]),
     "a convolution upside down": (CONV, [("at0 = bias + x0 * w0 + x1 * w1 + x2 * w2", "at0 = bias + x0 * w6 + x1 * w7 + x2 * w8"), ("made0 = above0 + x0 * w6 + x1 * w7 + x2 * w8", "made0 = above0 + x0 * w0 + x1 * w1 + x2 * w2")]),
     "a map's edge runs on": (CONV, [("(column >= 0) & ", "(column >= -1) & ")]),

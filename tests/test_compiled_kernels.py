@@ -97,6 +97,20 @@ def test_gradients_of_layers() -> None:
         assert use["vector_loads"] >= num and use["vector_stores"] >= num - 1, where
 
 
+def test_linear_attention_and_dropout() -> None:
+    builds = compiled("performer", *SHARED)
+    assert len(builds) == 5 * (4 + 1)
+    for architecture, title, use in builds:
+        where = f"{title} for sm_{architecture}: {use}"
+        assert use["stack"] == 0 and use["shared"] <= SHARED[architecture], where
+        if title == "dropout":
+            assert use["registers"] <= 32 and use["vector_stores"] > 0, where
+        else:
+            # Of a multiprocessor's 65,536 registers, for two programs of 128 threads, or three.
+            assert use["registers"] <= (255 if title in ("query", "pair") else 168), where
+            assert use["tensor_core"] > 0 and use["vector_loads"] >= 8, where
+
+
 def test_convolutions() -> None:
     builds = compiled("dwconv", *SHARED)
     assert len(builds) == 5 * 3 * 6

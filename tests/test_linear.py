@@ -15,11 +15,14 @@ from fastidmm.kernels import dwconv_gelu as dwconv
 from fastidmm.kernels import linear_add_norm as joined
 from fastidmm.kernels import linear_gelu as gelu
 from fastidmm.kernels import linear_heads as heads
+from fastidmm.kernels import linear_performer as performer
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels: tests/gpu runs them"
 )
-MODULES: dict[str, Any] = {"gelu": gelu, "heads": heads, "joined": joined, "dwconv": dwconv}
+MODULES: dict[str, Any] = {
+    "gelu": gelu, "heads": heads, "joined": joined, "dwconv": dwconv, "performer": performer
+}  # fmt: skip
 CASES = {(op, name): given for op, module in MODULES.items() for name, given in module.cases()}
 FUSED: dict[str, Any] = {op: module.fused for op, module in MODULES.items()}
 PLAIN: dict[str, Any] = {op: module.reference for op, module in MODULES.items()}
@@ -31,7 +34,7 @@ def result(work: Any, given: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {
         key: value.detach().clone().requires_grad_()
         for key, value in given.items()
-        if isinstance(value, Tensor) and key != "scale"
+        if isinstance(value, Tensor) and key not in ("scale", "directions")
     }
     made = work(**given | leaves)
     made = made if isinstance(made, tuple) else (made,)
@@ -132,6 +135,18 @@ def test_rows_that_many_programs_share(num: int, monkeypatch: pytest.MonkeyPatch
         found = result(FUSED[op], arguments)
         for key, value in truth(op, arguments).items():
             torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for op, name in CASES if op == "performer"])
+def test_tokens_of_a_crop_that_many_programs_share(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks each, the last ones fewer."""
+    monkeypatch.setattr(performer, "SPAN", 64)
+    monkeypatch.setattr(performer, "NEAR", 64)
+    given = CASES["performer", name]
+    found, plain = result(performer.fused, given), result(performer.reference, given)
+    compared("performer", given, found, plain)
 
 
 def test_what_does_not_lie_together_or_is_not_asked_for() -> None:

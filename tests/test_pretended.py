@@ -150,6 +150,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
             "test_on_device.py",
             "not (million or 112 or 224 or never or randaugment or kernels_give and pretraining)",
         ),
+        ("test_dropout_on_device.py", "dropout"),
         ("test_norms_on_device.py", "bits or bit or 48 or 65 or 128"),
         (
             "test_linear_on_device.py",
@@ -157,7 +158,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
         ),
         ("test_loss_on_device.py", "shape0 or d_logits or eager_gives and stored or waits or fp32"),
     ],
-    ids=["captured", "ahead", "views", "norms", "linear", "loss"],
+    ids=["captured", "ahead", "views", "dropout", "norms", "linear", "loss"],
 )
 def test_the_gpus_own_tests_hold(file: str, chosen: str) -> None:
     words = ("-m", "pytest", "-p", "pretended", "-p", "no:xdist", "-q", "-m", "gpu", "-k", chosen)

@@ -24,9 +24,10 @@ from fastidmm.backbones.build import (
     load_weights,
 )
 from fastidmm.backbones.drop import Dropout, DropPath
-from fastidmm.backbones.t2t import TokenBlock, TokensToToken, performer, sinusoids, soft_split
+from fastidmm.backbones.t2t import TokenBlock, TokensToToken, sinusoids, soft_split
 from fastidmm.chance import Counters
 from fastidmm.kernels import words
+from fastidmm.kernels.linear_performer import performer
 
 
 def build(name: str = "t2t_vit_7", *, resolution: int = 32, seed: int = 0) -> Encoder:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fastidmm.chance import Counters, Use, happens, limit, philox
+from fastidmm.chance import Counters, Use, limit, philox
 from fastidmm.errors import UsageError
+from fastidmm.kernels.dropout import dropout
 
 UNPLACED = (
     "in training mode a backbone drops paths by step and by crop: before every forward pass call "
@@ -83,13 +84,10 @@ class Dropout(nn.Module):
         """x (C, ...), element by element, while training."""
         if not self.training or self.p == 0:
             return x
-        state, num = self.counters, x[0].numel()
+        state = self.counters
         if len(state.place) != len(x):
             raise UsageError(UNPLACED)
-        quads = torch.arange(-(-num // 4), device=x.device)
-        counter = (state.step, state.place[:, None], self.block, quads)
-        words = philox(counter, state.key(Use.DROP)).flatten(1)[:, :num]
-        return x * ((~happens(words, self.p)).to(x.dtype) / (1 - self.p)).view_as(x)
+        return dropout(x, self.p, (state.step, state.place, self.block), state.key(Use.DROP))
 
 
 def draw_from_counters(model: nn.Module, words: PathWords) -> nn.Module:

@@ -1,12 +1,10 @@
 """Tokens-to-token vision transformers, registered into timm when this file is imported.
 
-Source: Yuan et al., "Tokens-to-Token ViT", ICCV 2021; linear attention by random features from
-Choromanski et al., "Rethinking Attention with Performers", ICLR 2021. Three soft splits make an
-image of S px into (S / 16)**2 tokens; the feature is the class token after the last norm. Names of
-weights are those of the published models.
+Source: Yuan et al., "Tokens-to-Token ViT", ICCV 2021; linear attention by random features is
+`kernels/linear_performer.py`. Three soft splits make an image of S px into (S / 16)**2 tokens; the
+feature is the class token after the last norm. Names of weights are those of the published models.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -17,6 +15,9 @@ from torch.nn import functional
 from fastidmm.backbones.build import Backbone
 from fastidmm.backbones.of_timm import of_timm
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
+from fastidmm.kernels.add_norm import add_norm
+from fastidmm.kernels.linear_gelu import linear_gelu
+from fastidmm.kernels.linear_performer import linear_performer
 
 WIDTH = 64  # of tokens until the last soft split
 NUM_FEATURES = 32  # random ones, of an attention
@@ -38,25 +39,6 @@ def as_map(tokens: Tensor, side: int) -> Tensor:
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)
 
 
-def random_features(x: Tensor, w: Tensor) -> Tensor:
-    """Features (C, L, M) whose products stand for exp(x . y): exp(w . x - |x|**2 / 2) / sqrt(M)."""
-    return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(len(w))
-
-
-def performer(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Attention whose cost is linear in the tokens: (C, L, D) each, with M directions w (M, D).
-
-    In float32 whatever autocast says: exponents reach |w|**2 / 2 = 16, beyond half precision, and
-    bfloat16 would round them by up to 6 %.
-    """
-    kind = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
-        q, k = random_features(q, w.float()), random_features(k, w.float())
-        total = q @ k.sum(dim=1).unsqueeze(-1)
-        return (q @ (k.transpose(1, 2) @ v) / (total + 1e-8)).to(kind)
-
-
 class TokenBlock(nn.Module):
     """A transformer block on soft-split tokens: (C, L, width) to (C, L, 64)."""
 
@@ -75,10 +57,13 @@ class TokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The skip is the values': tokens come in wider than they leave."""
-        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
-        x = v + self.dp(self.proj(performer(q, k, v, self.w)))
-        mixed: Tensor = x + self.mlp(self.norm2(x))
-        return mixed
+        one, two, kqv = self.norm1, self.norm2, self.kqv
+        normed = add_norm(x, None, one.weight, one.bias, eps=one.eps)[1]
+        v, found = linear_performer(normed, kqv.weight, kqv.bias, self.w)
+        x, normed = add_norm(v, self.dp(self.proj(found)), two.weight, two.bias, eps=two.eps)
+        first: Any = self.mlp[0]
+        mixed: Tensor = self.mlp[2:](linear_gelu(normed, first.weight, first.bias))
+        return x + mixed
 
 
 class TokensToToken(nn.Module):

@@ -28,7 +28,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastidmm.bench.made import noise
 from fastidmm.bench.training import assembled
-from fastidmm.kernels import add_norm_program, dwconv_gelu_program, linear_program
+from fastidmm.kernels import (
+    add_norm_program,
+    dropout_program,
+    dwconv_gelu_program,
+    linear_performer_program,
+    linear_program,
+)
 from fastidmm.step import step
 
 # Nothing is moved by these.
@@ -148,6 +154,11 @@ def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]
             watched(traffic, linear_program, "forward_kernel", "linear_gelu forward"),
             watched(traffic, linear_program, "gelu_kernel", "linear_gelu backward"),
             watched(traffic, linear_program, "heads_kernel", "linear_heads backward"),
+            watched(traffic, linear_performer_program, "gather_kernel", "linear_performer sums"),
+            watched(traffic, linear_performer_program, "spread_kernel", "linear_performer"),
+            watched(traffic, linear_performer_program, "query_kernel", "linear_performer queries"),
+            watched(traffic, linear_performer_program, "pair_kernel", "linear_performer pairs"),
+            watched(traffic, dropout_program, "dropout", "dropout"),
             watched(traffic, dwconv_gelu_program, "conv_kernel", "dwconv_gelu"),
             watched(traffic, dwconv_gelu_program, "gradient_kernel", "dwconv_gelu gradients"),
             traffic,
