@@ -220,8 +220,13 @@ def performer_builds(architecture: int) -> dict[str, Build]:
         "X": "*bf16", "OUT": "*bf16", "PLACE": "*i64", "STEP": "*i64", "layer": "i32",
         "limit": "i64", "key": "i64", "factor": "fp32", "num": "i32:16",
     }  # fmt: skip
-    constants = {"COUNTED": True, "QUADS": dropout.QUADS}
-    return found | {"dropout": Build(dropout_program.dropout, drops, constants, {})}
+    counted = Build(dropout_program.dropout, drops, {"COUNTED": True, "QUADS": dropout.QUADS}, {})
+    # Of a step's number a 1 is a constant to Triton.
+    told = {name: kind for name, kind in drops.items() if name not in ("STEP", "layer")}
+    first = counted._replace(
+        arguments=told, constants={"COUNTED": False, "STEP": 1, "layer": 1, "QUADS": dropout.QUADS}
+    )
+    return found | {"dropout": counted, "dropout of step 1": first}
 
 
 def dwconv_builds(architecture: int) -> dict[str, Build]:

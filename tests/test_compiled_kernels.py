@@ -99,11 +99,11 @@ def test_gradients_of_layers() -> None:
 
 def test_linear_attention_and_dropout() -> None:
     builds = compiled("performer", *SHARED)
-    assert len(builds) == 5 * (4 + 1)
+    assert len(builds) == 5 * (4 + 2)
     for architecture, title, use in builds:
         where = f"{title} for sm_{architecture}: {use}"
         assert use["stack"] == 0 and use["shared"] <= SHARED[architecture], where
-        if title == "dropout":
+        if "dropout" in title:
             assert use["registers"] <= 32 and use["vector_stores"] > 0, where
         else:
             # Of a multiprocessor's 65,536 registers, for two programs of 128 threads, or three.
