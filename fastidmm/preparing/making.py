@@ -1,4 +1,4 @@
-"""A store in the making: the lock, the dot folder and the journal that stand beside its place."""
+"""A store or an export in the making: the lock, the dot folder and the journal beside its place."""
 
 import fcntl
 import os
@@ -66,12 +66,3 @@ def _lock(path: Path, name: str) -> int:
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
         os.close(file)  # Whoever had it before has ended since, and took the file away.
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file and see it onto the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync(path.parent)
