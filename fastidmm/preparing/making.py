@@ -57,9 +57,7 @@ def _lock(path: Path, name: str) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
-            raise UsageError(
-                f"{name!r} is being prepared by another process: wait for it."
-            ) from None
+            raise UsageError(f"{name!r} is being made by another process: wait for it.") from None
         except OSError:
             return file  # Some network file systems have no locks.
         with suppress(FileNotFoundError):
