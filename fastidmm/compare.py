@@ -92,7 +92,7 @@ class Compared:
             budget,
             Images(run.dataset, started["train_fingerprint"], started["num_train"], chosen),
             evaluation.get("test_fingerprint") if evaluation else None,
-            sum(float(each.state.get("seconds", 0.0)) for each in everything),
+            sum(each.seconds for each in everything),
             tuple(everything),
         )
 

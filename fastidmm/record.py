@@ -141,6 +141,11 @@ class Record:
         return state
 
     @property
+    def seconds(self) -> float:
+        """Spent training, up to the newest checkpoint."""
+        return float(self.state.get("seconds", 0.0))
+
+    @property
     def best(self) -> Path:
         """Where the checkpoint that did best on held-out images lies."""
         return self.folder / "best"
@@ -369,12 +374,11 @@ def existing_run(name: str | None) -> Path:
 
 def all_runs() -> list[Path]:
     """The runs in ./runs, the one started last at the end."""
-    recipes = Path("runs").glob(f"[!.]*/{RECIPE}")
-    return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
+    return stages(Path("runs"))
 
 
 def stages(folder: Path) -> list[Path]:
-    """The stages inside a run, oldest first."""
+    """The stages inside a run, or the runs in any other folder, oldest first."""
     recipes = folder.glob(f"[!.]*/{RECIPE}")
     return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
 

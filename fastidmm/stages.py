@@ -330,7 +330,7 @@ def summary(record: Record) -> dict[str, Any]:
         "method": recipe.run.method,
         "epochs": recipe.run.epochs,
         "steps": record.steps,
-        "seconds": round(record.state["seconds"], 1),
+        "seconds": round(record.seconds, 1),
         "checkpoint": str(record.result),
         **{key: last[key] for key in (*SHOWN, *LABEL_FREE) if key in last},
     }
