@@ -26,7 +26,7 @@ from fastidmm.exporting.pictures import looked_at
 from fastidmm.options import recipe_of, recipe_settings
 from fastidmm.preparing.prepare import prepare as prepare_source
 from fastidmm.preparing.summary import Summary
-from fastidmm.record import Record, existing_run, newest_weights
+from fastidmm.record import Record, encoder_weights, existing_run
 from fastidmm.record import stages as stages_of
 from fastidmm.registry import find
 from fastidmm.reporting.report import write
@@ -134,14 +134,15 @@ class Run:
         `set_place(torch.arange(len(images), device=images.device), step=STEP)`: which paths are
         dropped is drawn from the step and each image's place in the batch.
         """
-        recipe = Record(self.folder).recipe
+        record = Record(self.folder)
+        recipe = record.recipe
         encoder = build_encoder(
             recipe.run.backbone,
             recipe.backbone,
             resolution=resolution or recipe.run.resolution,
             counters=Counters(recipe.run.seed),
         )
-        load_weights(encoder, newest_weights(self.folder), source=str(self.folder))
+        load_weights(encoder, encoder_weights(record.result), source=str(self.folder))
         return encoder.eval()
 
     def classifier(self) -> nn.Module:

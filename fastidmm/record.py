@@ -383,11 +383,6 @@ def stages(folder: Path) -> list[Path]:
     return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
 
 
-def newest_weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights in a run's newest checkpoint."""
-    return encoder_weights(Record(folder).result)
-
-
 def encoder_weights(path: Path) -> dict[str, Tensor]:
     """The encoder's weights in a checkpoint, under the encoder's own names."""
     (tensors,), _ = checkpoint.load(path, checkpoint.MODEL)

@@ -17,7 +17,7 @@ from fastidmm.machine import dtype_of, set_up
 from fastidmm.preparing.files import write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import RECIPE, Record, newest_weights, stages
+from fastidmm.record import RECIPE, Record, encoder_weights, stages
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 from fastidmm.terminal import printable
@@ -45,7 +45,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
     place = set_up(device or recipe.run.device, exact=recipe.run.exact)
     store, test = within_reach(store, place), within_reach(test, place)
     scores: dict[str, Any] = {
-        "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
+        "pretrained": frozen_scores(recipe, encoder_weights(record.result), store, test),
         "random": frozen_scores(recipe, None, store, test),
     }
     newest = newest_stages(run)
@@ -174,7 +174,7 @@ def frozen_scores(
         run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
     )
     if weights is not None:
-        load_weights(encoder, weights, source="the run's newest checkpoint")
+        load_weights(encoder, weights, source="the run's checkpoint")
     encoder.to(device)
     dtype = dtype_of(run.precision, device)
     known, asked = (
