@@ -32,16 +32,13 @@ from fastidmm.registry import find
 from fastidmm.reporting.report import write
 
 
-class Flags(TypedDict, total=False):
-    """The flags of `fastidmm pretrain`; any key of a recipe's table `[run]` goes as well."""
+class StageFlags(TypedDict, total=False):
+    """The flags of `fastidmm finetune`."""
 
-    dataset: str  # prepared; by default the last that was
-    backbone: str
-    method: str
-    loader: str
+    resolution: int  # side of a crop, px
     epochs: int
     batch_size: int  # images per step
-    resolution: int  # side of a crop, px
+    loader: str
     seed: int
     device: str
     precision: str
@@ -49,24 +46,16 @@ class Flags(TypedDict, total=False):
     exact: bool
     holdout: float  # share of the training images
     log: str  # tensorboard or wandb
+
+
+class Flags(StageFlags, total=False):
+    """The flags of `fastidmm pretrain`; any key of a recipe's table `[run]` goes as well."""
+
+    dataset: str  # prepared; by default the last that was
+    backbone: str
+    method: str
     init: str
     num_images: int
-
-
-class StageFlags(TypedDict, total=False):
-    """The flags of `fastidmm finetune`."""
-
-    resolution: int
-    epochs: int
-    batch_size: int
-    loader: str
-    seed: int
-    device: str
-    precision: str
-    optimizer: str
-    exact: bool
-    holdout: float
-    log: str
 
 
 class Run:
