@@ -38,7 +38,6 @@ from fastidmm.bench.made import noise, workplace
 from fastidmm.bench.training import assembled
 from fastidmm.capture import Captured
 from fastidmm.errors import UsageError
-from fastidmm.loaders.resident import Resident
 from fastidmm.machine import name_of
 from fastidmm.recipe import with_settings
 from fastidmm.step import Stepped, advance, backward, step
@@ -162,7 +161,6 @@ def rows_of(times: Times, *, images: int, crops: int, flop: float, peak: float |
 
 def batches(parts: Parts) -> Iterator[Batch]:
     """A batch for every step, made when it is asked for: nothing runs beside the step."""
-    assert isinstance(parts.loader, Resident)
     for number in count():
         yield parts.with_room(partial(parts.loader.batch, number))
 
