@@ -25,10 +25,10 @@ from fastidmm.bench.training import assembled
 from fastidmm.capture import WARM_UP, Brake, Captured, stepped
 from fastidmm.chance import Counters
 from fastidmm.errors import FastidmmError
+from fastidmm.facts import num_cores
 from fastidmm.loaders.files import Files
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.plan import num_steps
-from fastidmm.preparing.decode import num_cores
 from fastidmm.progress import Clock
 from fastidmm.registry import find
 from fastidmm.step import Stepped, step

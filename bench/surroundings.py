@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastidmm
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import num_cores
 
 ROOT = Path(fastidmm.__file__).resolve().parents[1]
 PACKAGES = (

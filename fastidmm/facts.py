@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastidmm.places import home, prepared
-from fastidmm.preparing.decode import num_cores
 
 PACKAGES = (
     "torch", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
@@ -193,6 +192,13 @@ def apex_kind() -> Literal["absent", "other", "python", "cuda"]:
     if not any((Path(folder) / "optimizers/fused_lamb.py").is_file() for folder in folders):
         return "other"
     return "cuda" if find_spec("amp_C") else "python"
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int | None]:

@@ -9,8 +9,7 @@ from contextlib import suppress
 import torch
 
 from fastidmm.errors import UsageError
-from fastidmm.facts import memory
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import memory, num_cores
 from fastidmm.ranks import world
 
 
