@@ -300,7 +300,7 @@ def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes at most: allocated on the GPU, or of this process resident."""
+    """Bytes at most: reserved on the GPU, or of this process resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)  # graphs' pools, too
     return peak_memory()
