@@ -187,7 +187,7 @@ class Record:
     @property
     def unfinished(self) -> str:
         """What to say, and to do, where it should be finished and is not."""
-        run = self.folder.parent if (self.folder.parent / RECIPE).exists() else self.folder
+        run = self.folder.parent if is_stage(self.folder) else self.folder
         if self.running:
             return (
                 f"{self.folder} is still being trained: wait for its end; "
@@ -337,6 +337,11 @@ def _abandoned(path: Path) -> bool:
 def run_folder(name: str) -> Path:
     """The folder of a run: `./runs/NAME`, or the path itself where it holds a slash."""
     return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether a run's folder lies inside another's."""
+    return (folder.parent / RECIPE).exists()
 
 
 def start_of(folder: Path, init: str) -> Path | None:

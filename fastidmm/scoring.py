@@ -17,7 +17,7 @@ from fastidmm.machine import dtype_of, set_up
 from fastidmm.preparing.files import write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import RECIPE, Record, encoder_weights, stages
+from fastidmm.record import Record, encoder_weights, is_stage, stages
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 from fastidmm.terminal import printable
@@ -31,7 +31,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
 
     On the device it was trained on, or another.
     """
-    if (run.parent / RECIPE).exists():
+    if is_stage(run):
         raise UsageError(
             f"{run} is a stage, scored with its run: `fastidmm evaluate --run {run.parent}`."
         )

@@ -30,7 +30,16 @@ from fastidmm.progress import LABEL_FREE, SHOWN, say
 from fastidmm.quality import rising
 from fastidmm.ranks import launched, restarts, world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
-from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, numbered, run_folder, stages
+from fastidmm.record import (
+    RECIPE,
+    SCRATCH,
+    Record,
+    free_folder,
+    is_stage,
+    numbered,
+    run_folder,
+    stages,
+)
 from fastidmm.registry import find
 from fastidmm.scoring import best
 from fastidmm.store import folder_of, has_split, open_store
@@ -168,7 +177,7 @@ def finetune(
     parent = Record(run)
     parent.check()
     asked = with_settings({}, settings, assignments).get("run", {})
-    if (run.parent / RECIPE).exists():
+    if is_stage(run):
         raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
     check_own(parent, asked)
     if any(text.strip().startswith(("finetune", "supervised.")) for text in assignments):

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from fastidmm.errors import UsageError
 from fastidmm.forecast import spell
 from fastidmm.preparing.files import write_whole
-from fastidmm.record import RECIPE, Record, stages
+from fastidmm.record import RECIPE, Record, is_stage, stages
 from fastidmm.registry import find
 from fastidmm.reporting.beside import others, taken
 from fastidmm.reporting.charts import charts
@@ -29,7 +29,7 @@ class Page:
     """A run's page, which can be made again as the run goes on."""
 
     def __init__(self, run: Path) -> None:
-        if (run.parent / RECIPE).exists():
+        if is_stage(run):
             raise UsageError(
                 f"{run} is a stage; the report is its run's: `fastidmm report --run {run.parent}`."
             )
@@ -97,7 +97,7 @@ def write(run: Path) -> Path:
 
 def remaining(run: Path) -> list[str]:
     """The commands that bring what a run, or a stage's, lacks; its report is the last."""
-    run = run.parent if (run.parent / RECIPE).exists() else run
+    run = run.parent if is_stage(run) else run
     stage = Stage(Record(run))
     tuned = [Stage(Record(folder)) for folder in stages(run)]
     evaluation, scorable = current(run), data_of(stage).scorable
