@@ -213,14 +213,18 @@ def ffcv_line(facts: Facts) -> Line:
 def apex_line(facts: Facts) -> Line:
     """Whether apex is NVIDIA's, which PyPI does not have, and built with its CUDA extension."""
     version = facts.packages.get("apex", "without a version")
+    build = (f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 {APEX}",)
     if facts.apex == "absent":
-        return Line("apex", "ok", "not installed; optional")
+        gpu = bool(facts.gpus or facts.driver)
+        return Line(
+            "apex", "missing" if gpu else "ok", "not installed; optional", build if gpu else ()
+        )
     if facts.apex == "other":
         found = f"{version}; this is a Pyramid toolkit, not NVIDIA's"
         return Line("apex", "mend", found, ("pip uninstall -y apex",))
     if facts.apex == "python":
         found = f"{version}, NVIDIA's without amp_C, which FusedLAMB needs; optional"
-        return Line("apex", "missing", found, (f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 {APEX}",))
+        return Line("apex", "missing", found, build)
     return Line("apex", "ok", f"{version}, NVIDIA's with FusedLAMB")
 
 
