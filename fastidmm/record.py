@@ -39,6 +39,7 @@ SCRATCH = "scratch-"  # how the names of stages begin that go back to random wei
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
 MINUTE = 60.0
 ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
+STARTED = {"fastidmm", "torch", "device", "command", "train_fingerprint", "num_train"}
 
 
 class Record:
@@ -110,6 +111,8 @@ class Record:
         path = self.folder / ENVIRONMENT
         try:
             started: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(started, dict) or not started.keys() >= STARTED:
+                raise ValueError("it lacks what every run begins with")
         except (OSError, ValueError) as problem:
             raise DataError(f"{path} cannot be read ({problem}): start a new run.") from None
         return started
