@@ -164,8 +164,9 @@ def _found(folder: Path, signature: str) -> tuple[Described, Described] | None:
             if fingerprint_of(folder, split, told) != told["fingerprint"]:
                 return None
         checks = json.loads((folder / "prepare.json").read_text())
-    except (DataError, OSError, ValueError):
-        return None
+        Summary.of(described, checks, folder, fresh=False, changed=False).lines()
+    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # it is damaged somewhere, and cannot be told of
     return (described, checks) if described["source_signature"] == signature else None
 
 
