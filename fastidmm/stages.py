@@ -1,6 +1,7 @@
 """The commands' work: pretrain, fine-tune, resume."""
 
 import os
+import re
 import shutil
 from itertools import takewhile
 from pathlib import Path
@@ -63,8 +64,13 @@ def placed(recipe: Recipe, run: str | None, *, again: bool = False) -> Path:
 
     With `again` a run of that name and this very recipe is gone on with.
     """
-    stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
-    return _placed(run_folder(run or stem[:60]), recipe, named=bool(run), again=again)
+    name = run or called(recipe.run.dataset, recipe.run.backbone, recipe.run.method)
+    return _placed(run_folder(name), recipe, named=bool(run), again=again)
+
+
+def called(*words: object) -> str:
+    """What to call a run that was given no name, with room for a number."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, words)))[:60]
 
 
 def begun(folder: Path, recipe: Recipe) -> Record:
@@ -232,8 +238,8 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     tables = finetune_tables(parent, pretrained=True)
     del tables["loader"], tables["run"]["loader"], tables["run"]["num_images"]  # the other's size
     tables = with_settings(tables, settings, assignments)
-    stem = f"{tables['run']['dataset']}_{tables['run']['backbone']}_from_{run.resolve().name}"
-    folder = run_folder(stem.replace(":", "-")[:60])
+    words = tables["run"]["dataset"], tables["run"]["backbone"], "from", run.resolve().name
+    folder = run_folder(called(*words))
     tables["run"]["init"] = os.path.relpath(parent.result, folder)
     recipe = Recipe.of(tables)
     if recipe.run.dataset == parent.recipe.run.dataset:

@@ -303,3 +303,5 @@ def test_a_run_is_fine_tuned_on_another_dataset(toy: str, tmp_path: Path) -> Non
     scores = scoring.evaluate(tuned.folder)["scores"]
     assert scores["pretrained"]["finetuned_16"]["stage"] == tuned.folder.name
     assert stages.transfer(RUN, settings, [])["run"] == "runs/other_vit_micro_from_run-2"
+    odd = RUN.rename(RUN.with_name("my run"))
+    assert stages.transfer(odd, settings, [])["run"] == "runs/other_vit_micro_from_my-run"
