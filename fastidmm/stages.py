@@ -70,7 +70,7 @@ def placed(recipe: Recipe, run: str | None, *, again: bool = False) -> Path:
 
 def called(*words: object) -> str:
     """What to call a run that was given no name, with room for a number."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, words)))[:60]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, words))).lstrip("._-")[:60]
 
 
 def begun(folder: Path, recipe: Recipe) -> Record:

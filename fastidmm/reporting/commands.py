@@ -13,7 +13,7 @@ from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import RECIPE, Record
 from fastidmm.reporting.claims import FROZEN
 from fastidmm.scoring import place_of
-from fastidmm.stages import finetune_tables, flags_in_proportion, high_tables
+from fastidmm.stages import called, finetune_tables, flags_in_proportion, high_tables
 
 FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
 LONGEST_NAME = 64
@@ -132,7 +132,7 @@ def _missing_high(
 def again(run: Stage, tuned: Sequence[Stage], *, evaluated: bool) -> list[str]:
     """The commands that repeat a run, its stages and its evaluation under another name."""
     folder = run.record.folder
-    name = f"{folder.name[: LONGEST_NAME - 6]}-again"
+    name = f"{called(folder.name)[: LONGEST_NAME - 6] or 'run'}-again"
     recipe = shlex.quote(str(folder / RECIPE))
     commands = [f"fastidmm pretrain --recipe {recipe} --run {name}"]
     for stage in tuned:
