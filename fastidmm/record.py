@@ -370,7 +370,8 @@ def existing_run(name: str | None) -> Path:
         # A stage's path may begin with the name of a run in ./runs.
         for place in (folder,) if name.startswith(".") else (Path("runs", name), folder):
             if (place / RECIPE).exists():
-                return place
+                # "./" tells neither its name nor the folder around it.
+                return place if place.name.strip(".") else Path(os.path.abspath(place))
         known = [path.name for path in all_runs()]
         hint = did_you_mean(name, known) if known else "There are none in ./runs."
         raise UsageError(f"no run at {folder}. {hint}")

@@ -294,7 +294,7 @@ def test_a_run_is_named_once(typed: Type, home: Path, words: str) -> None:
 
 def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the same path elsewhere, unless that begins with a dot or a slash."""
-    for folder in ("runs/h/finetune-32", "elsewhere/h", "h/finetune-32"):
+    for folder in ("runs/h", "runs/h/finetune-32", "elsewhere/h", "h/finetune-32"):
         Path(folder).mkdir(parents=True)
         Path(folder, "recipe.toml").touch()
     stage = Path("runs/h/finetune-32")
@@ -305,6 +305,10 @@ def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.Mon
     assert record.existing_run(str(stage.resolve())) == stage.resolve()
     with pytest.raises(UsageError, match="no run at h/finetune-64"):
         record.existing_run("h/finetune-64")
+    monkeypatch.chdir("runs/h")
+    for here in ("./", "finetune-32/.."):
+        assert record.existing_run(here) == Path.cwd()
+        assert not record.is_stage(record.existing_run(here))
 
 
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
