@@ -24,7 +24,7 @@ from fastidmm.bench.figures import Rows, measured, result
 from fastidmm.bench.made import views_of_idmm
 from fastidmm.chance import Counters
 from fastidmm.kernels.views import views
-from fastidmm.machine import name_of
+from fastidmm.machine import name_of, synchronize
 from fastidmm.plan import GroupPlan, draw
 from fastidmm.store import Store
 
@@ -185,12 +185,10 @@ def _torchvision(group: ViewGroup) -> Callable[[Tensor], Tensor]:
 
 def _milliseconds(arm: Callable[[], object], device: torch.device) -> float:
     """Of one call, all its work on the device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     arm()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return 1000 * (time.perf_counter() - began)
 
 

@@ -77,7 +77,7 @@ class Facts:
 
 def look() -> Facts:
     """The facts of this machine; imports torch, torchvision and Triton, where they are."""
-    packages = {name: version for name in PACKAGES if (version := _version(name))}
+    packages = {name: version for name in PACKAGES if (version := version_of(name))}
     faults: dict[str, str] = {}
     for name in ("torch", "torchvision", "triton"):
         # torchvision without torch has only torch's fault to tell.
@@ -110,7 +110,8 @@ def look() -> Facts:
     )
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

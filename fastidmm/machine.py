@@ -62,6 +62,12 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def name_of(device: torch.device) -> str:
     """What a record calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
