@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from itertools import takewhile
 from pathlib import Path
@@ -91,15 +92,19 @@ def begun(folder: Path, recipe: Recipe) -> Record:
 
 def following(run: Path) -> list[str]:
     """What can be done with the newest run once it is pretrained: what needs labels, if it has."""
-    if training_rows(Record(run).recipe).learnable:
-        return [" ".join(["fastidmm finetune", *flags_in_proportion(Record(run).recipe)])]
-    return ["fastidmm report", "fastidmm embed --from PHOTOS --out features.npz"]
+    recipe = Record(run).recipe
+    # Without a name the newest in ./runs is meant.
+    named = [] if run.parent == Path("runs") else ["--run", shlex.quote(str(run))]
+    if training_rows(recipe).learnable:
+        return [" ".join(["fastidmm finetune", *named, *flags_in_proportion(recipe)])]
+    embed = ["fastidmm embed", *named, "--from PHOTOS --out features.npz"]
+    return [" ".join(["fastidmm report", *named]), " ".join(embed)]
 
 
 def after_finetuning(run: Path) -> str:
     """What can be done with a run that has learnt classes: scoring takes test images."""
     scorable = has_split(Record(run).recipe.run.dataset, "test")
-    return f"fastidmm {'evaluate' if scorable else 'report'} --run {run}"
+    return f"fastidmm {'evaluate' if scorable else 'report'} --run {shlex.quote(str(run))}"
 
 
 def flags_in_proportion(recipe: Recipe) -> list[str]:

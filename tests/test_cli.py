@@ -311,6 +311,13 @@ def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.Mon
         assert not record.is_stage(record.existing_run(here))
 
 
+def test_a_run_elsewhere_is_named_in_what_comes_next(typed: Type, toy: str) -> None:
+    """Without a name the next command would take the newest in ./runs."""
+    status, out, _ = typed("pretrain", *TINY, "--run", "else where/mine")
+    named = "--run 'else where/mine' --resolution 32 --epochs 1 --batch-size 8"
+    assert status == 0 and f"next: fastidmm finetune {named}" in out.splitlines()
+
+
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
     before = Path("runs/mine/metrics.jsonl").read_bytes()
