@@ -59,10 +59,9 @@ class Record:
         """Make the folder with all it must always have, or nothing at all."""
         check_name(folder.name, "run")
         if folder.exists():
-            raise UsageError(
-                f"{folder} exists: `fastidmm resume {folder}` goes on with it; give --run another "
-                "name to start a new one."
-            )
+            resume = f"`fastidmm resume {folder}` goes on with it; "
+            told = resume if (folder / RECIPE).exists() else ""
+            raise UsageError(f"{folder} exists: {told}give --run another name to start a new one.")
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
         for path in folder.parent.glob(".*.*"):

@@ -324,6 +324,10 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     status, _, err = typed("pretrain", *TINY, "--run", "mine")
     assert status == 2 and "fastidmm resume runs/mine" in sentence(err)
     assert Path("runs/mine/metrics.jsonl").read_bytes() == before
+    Path("runs/else").mkdir()
+    status, _, err = typed("pretrain", *TINY, "--run", "else")
+    told = "fastidmm: runs/else exists: give --run another name to start a new one."
+    assert status == 2 and sentence(err) == told
     status, _, err = typed("finetune", "--run", "mine", "--backbone", "deit_tiny")
     assert status == 2 and "trained with vit_micro, not deit_tiny" in sentence(err)
     status, _, err = typed("finetune", "mine", "--set", "finetune.lr=7")
