@@ -7,6 +7,7 @@ from typing import Any
 
 from fastidmm.bench import figures, page
 from fastidmm.errors import UsageError
+from fastidmm.preparing.files import write_whole
 from fastidmm.terminal import show
 
 STDOUT = Path("-")
@@ -20,7 +21,7 @@ def check(**files: Path | None) -> None:
         try:
             if path.is_dir() or not path.parent.is_dir():
                 raise UsageError(f"--{flag} {path}: name a file in a folder that is there.")
-            aside = _aside(path)
+            aside = path.with_name(f".{path.name}.{os.getpid()}")  # as `write_whole` calls it
             aside.touch()
             aside.unlink()
         except OSError as problem:
@@ -36,24 +37,10 @@ def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | Non
     """
     told = json.dumps(found, indent=2)
     if html_file is not None:
-        write(html_file, page.html(found))
+        write_whole(html_file, page.html(found))
     if json_file == STDOUT:
         show(told)
         return
     if json_file is not None:
-        write(json_file, told + "\n")
+        write_whole(json_file, told + "\n")
     show("\n\n".join(map(figures.text, page.subjects(found))))
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file beside its place, and put it there whole."""
-    aside = _aside(path)
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -150,8 +150,8 @@ def _table(rows: Rows) -> list[str]:
     ]
     lines = [_line("", first, [title for title, _ in columns], widths)]
     for name, row in rows.items():
-        told = _line(name, first, cells[name], widths) if name in good else row["status"]
-        lines.append(told if name in good else f"{name:{first}}  {told}")
+        told = f"{name:{first}}  {row['status']}"
+        lines.append(_line(name, first, cells[name], widths) if name in good else told)
     return lines
 
 

@@ -125,9 +125,10 @@ def measure(
     )
 
 
-def gain(turns: dict[str, list[Row]], over: str = "torch", of: str = "resident") -> Row | None:
-    """How many times as much `of` delivers per core-second as `over`, turn by turn."""
-    costs = [[turn["core_seconds"] for turn in turns.get(name, ())] for name in (over, of)]
+def gain(turns: dict[str, list[Row]]) -> Row | None:
+    """How many times as much `resident` delivers per core-second as `torch`, turn by turn."""
+    names = ("torch", "resident")
+    costs = [[turn["core_seconds"] for turn in turns.get(name, ())] for name in names]
     if not all(costs) or not all(c for cost in costs for c in cost):
         return None
     return ratio(*costs)

@@ -25,10 +25,10 @@ from fastidmm.bench.training import assembled
 from fastidmm.capture import WARM_UP, Brake, Captured, stepped
 from fastidmm.chance import Counters
 from fastidmm.errors import FastidmmError
+from fastidmm.facts import num_cores
 from fastidmm.loaders.files import Files
-from fastidmm.machine import dtype_of, set_up
+from fastidmm.machine import dtype_of, set_up, synchronize
 from fastidmm.plan import num_steps
-from fastidmm.preparing.decode import num_cores
 from fastidmm.progress import Clock
 from fastidmm.registry import find
 from fastidmm.step import Stepped, step
@@ -70,7 +70,7 @@ class Child:
         """Makes one batch."""
         batches = self.open()
         next(batches)
-        self._wait()
+        synchronize(self.device)
         _close(batches)
         return {"images": len(self.store), "fingerprint": self.store.fingerprint}
 
@@ -79,7 +79,7 @@ class Child:
         began = time.perf_counter()
         batches = self.open()
         next(batches)
-        self._wait()
+        synchronize(self.device)
         warm = time.perf_counter() - began
         for _ in range(self._unsteady()):
             next(batches)
@@ -173,20 +173,16 @@ class Child:
     def _window(self, batches: Iterator[Any], lot: int) -> Turn:
         """As many lots of batches as it takes to be long enough; the first is not counted."""
         next(batches)
-        self._wait()
+        synchronize(self.device)
         began, used = time.perf_counter(), cpu_seconds(os.getpid())
         images = crops = number = 0
         while number % lot or number < 2 or time.perf_counter() - began < self.settings["seconds"]:
             more = _counts(next(batches))
             images, crops, number = images + more[0], crops + more[1], number + 1
-        self._wait()
+        synchronize(self.device)
         after = cpu_seconds(os.getpid())
         spent = time.perf_counter() - began
         return Turn(spent, after - used if after and used else None, images, crops)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _free(self) -> int:
         """Bytes of the GPU that nobody holds, whatever library took the others."""

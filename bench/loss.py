@@ -201,12 +201,10 @@ def gradient_error(arm: Arm, case: Case) -> dict[str, float]:
     d_logits /= len(z)
     true_z, gap, size = torch.zeros_like(z), z.new_zeros(()), z.new_zeros(())
     assert part.z.grad is not None and part.weight.grad is not None
-    for g, w, found in zip(
-        *(t.split(1 << 16, dim=1) for t in (d_logits,)), weight.split(1 << 16),
-        part.weight.grad.split(1 << 16), strict=True,
-    ):  # fmt: skip
-        true = g.T @ z
-        true_z += g @ w.double()
+    pieces = (t.split(1 << 16) for t in (d_logits.T, weight, part.weight.grad))
+    for g, w, found in zip(*pieces, strict=True):
+        true = g @ z
+        true_z += g.T @ w.double()
         gap, size = gap + (found - true).square().sum(), size + true.square().sum()
     error = (part.z.grad - true_z).norm() / true_z.norm()
     return {"error_z": error.item(), "error_weight": (gap / size).sqrt().item()}

@@ -20,7 +20,7 @@ from fastidmm.bench.figures import Rows, measured, result
 from fastidmm.bench.made import at_home, photographs_in, workplace
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import UsageError
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import num_cores
 from fastidmm.preparing.prepare import prepare
 
 

@@ -120,17 +120,8 @@ def by_instances() -> str:
                 f"{-(-num // IMAGES):,}",
             ]
         )  # fmt: skip
-    keys = [
-        "instances",
-        "pixels",
-        "they lie in",
-        "head",
-        "logits",
-        "head's work",
-        "of all",
-        "steps",
-    ]
-    return table([*keys[:-1], "steps an epoch"], rows)
+    keys = ["instances", "pixels", "they lie in", "head", "logits", "head's work", "of all"]
+    return table([*keys, "steps an epoch"], rows)
 
 
 def by_ranks() -> str:

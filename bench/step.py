@@ -38,8 +38,7 @@ from fastidmm.bench.made import noise, workplace
 from fastidmm.bench.training import assembled
 from fastidmm.capture import Captured
 from fastidmm.errors import UsageError
-from fastidmm.loaders.resident import Resident
-from fastidmm.machine import name_of
+from fastidmm.machine import name_of, synchronize
 from fastidmm.recipe import with_settings
 from fastidmm.step import Stepped, advance, backward, step
 
@@ -162,7 +161,6 @@ def rows_of(times: Times, *, images: int, crops: int, flop: float, peak: float |
 
 def batches(parts: Parts) -> Iterator[Batch]:
     """A batch for every step, made when it is asked for: nothing runs beside the step."""
-    assert isinstance(parts.loader, Resident)
     for number in count():
         yield parts.with_room(partial(parts.loader.batch, number))
 
@@ -210,11 +208,11 @@ def times_of(parts: Parts, repeats: int, steps: int, captured: Captured | None) 
 
 def _mean(device: torch.device, num: int, work: Callable[[], object]) -> float:
     """Seconds of one of `num` calls in a row, waited for at both ends."""
-    _wait(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(num):
         work()
-    _wait(device)
+    synchronize(device)
     return (time.perf_counter() - began) / num
 
 
@@ -230,7 +228,7 @@ def _parts(parts: Parts, coming: Iterator[Batch], num: int) -> dict[str, float]:
             marks("backward")
             advance(parts, batch, loss)
             marks("update")
-    _wait(parts.store.device)
+    synchronize(parts.store.device)
     return {name: seconds / num for name, seconds in marks.seconds().items()}
 
 
@@ -304,15 +302,10 @@ def write_trace(parts: Parts, path: Path) -> None:
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(3):
             step(parts, next(coming))
-        _wait(parts.store.device)
+        synchronize(parts.store.device)
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         profile.export_chrome_trace(str(aside))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,14 +6,13 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastidmm
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import num_cores, version_of
 
 ROOT = Path(fastidmm.__file__).resolve().parents[1]
 PACKAGES = (
@@ -29,7 +28,7 @@ def surroundings() -> dict[str, Any]:
         "fastidmm": fastidmm.__version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "cpu": _cpu(),
         "cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
@@ -65,13 +64,6 @@ def _answer(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

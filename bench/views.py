@@ -24,11 +24,12 @@ from fastidmm.bench.figures import Rows, measured, result
 from fastidmm.bench.made import views_of_idmm
 from fastidmm.chance import Counters
 from fastidmm.kernels.views import views
-from fastidmm.machine import name_of
+from fastidmm.machine import name_of, synchronize
 from fastidmm.plan import GroupPlan, draw
 from fastidmm.store import Store
 
 HEIGHT, WIDTH = 500, 667
+WARM_UP = 2  # turns that are not counted
 SLOW = 1000.0  # milliseconds
 
 
@@ -39,7 +40,6 @@ def measure(
     size: int = 112,
     num_images: int | None = None,
     repeats: int | None = None,
-    warm: int = 2,
 ) -> dict[str, Any]:
     """Time every way there is on `device`; milliseconds of a batch."""
     num_images = num_images or (256 if device.type == "cuda" else 8)
@@ -50,14 +50,14 @@ def measure(
     arms = _arms(store, groups, plans)
     milliseconds: dict[str, list[float]] = {name: [] for name in arms}
     slow: set[str] = set()  # seconds a turn: without a second to warm up, and two tell
-    for repeat in range(warm + repeats):
+    for repeat in range(WARM_UP + repeats):
         for name, arm in arms.items():
-            if quick and name in slow and repeat not in (warm, warm + 1):
+            if quick and name in slow and repeat not in (WARM_UP, WARM_UP + 1):
                 continue
             spent = _milliseconds(arm, device)
             if spent > SLOW:
                 slow.add(name)
-            if repeat >= warm:
+            if repeat >= WARM_UP:
                 milliseconds[name].append(spent)
     base = median(milliseconds["fastidmm"])
     rows: Rows = {
@@ -185,12 +185,10 @@ def _torchvision(group: ViewGroup) -> Callable[[Tensor], Tensor]:
 
 def _milliseconds(arm: Callable[[], object], device: torch.device) -> float:
     """Of one call, all its work on the device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     arm()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return 1000 * (time.perf_counter() - began)
 
 

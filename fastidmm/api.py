@@ -26,22 +26,19 @@ from fastidmm.exporting.pictures import looked_at
 from fastidmm.options import recipe_of, recipe_settings
 from fastidmm.preparing.prepare import prepare as prepare_source
 from fastidmm.preparing.summary import Summary
-from fastidmm.record import Record, existing_run, newest_weights
+from fastidmm.record import Record, encoder_weights, existing_run
 from fastidmm.record import stages as stages_of
 from fastidmm.registry import find
 from fastidmm.reporting.report import write
 
 
-class Flags(TypedDict, total=False):
-    """The flags of `fastidmm pretrain`; any key of a recipe's table `[run]` goes as well."""
+class StageFlags(TypedDict, total=False):
+    """The flags of `fastidmm finetune`."""
 
-    dataset: str  # prepared; by default the last that was
-    backbone: str
-    method: str
-    loader: str
+    resolution: int  # side of a crop, px
     epochs: int
     batch_size: int  # images per step
-    resolution: int  # side of a crop, px
+    loader: str
     seed: int
     device: str
     precision: str
@@ -49,24 +46,16 @@ class Flags(TypedDict, total=False):
     exact: bool
     holdout: float  # share of the training images
     log: str  # tensorboard or wandb
+
+
+class Flags(StageFlags, total=False):
+    """The flags of `fastidmm pretrain`; any key of a recipe's table `[run]` goes as well."""
+
+    dataset: str  # prepared; by default the last that was
+    backbone: str
+    method: str
     init: str
     num_images: int
-
-
-class StageFlags(TypedDict, total=False):
-    """The flags of `fastidmm finetune`."""
-
-    resolution: int
-    epochs: int
-    batch_size: int
-    loader: str
-    seed: int
-    device: str
-    precision: str
-    optimizer: str
-    exact: bool
-    holdout: float
-    log: str
 
 
 class Run:
@@ -134,14 +123,15 @@ class Run:
         `set_place(torch.arange(len(images), device=images.device), step=STEP)`: which paths are
         dropped is drawn from the step and each image's place in the batch.
         """
-        recipe = Record(self.folder).recipe
+        record = Record(self.folder)
+        recipe = record.recipe
         encoder = build_encoder(
             recipe.run.backbone,
             recipe.backbone,
             resolution=resolution or recipe.run.resolution,
             counters=Counters(recipe.run.seed),
         )
-        load_weights(encoder, newest_weights(self.folder), source=str(self.folder))
+        load_weights(encoder, encoder_weights(record.result), source=str(self.folder))
         return encoder.eval()
 
     def classifier(self) -> nn.Module:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastidmm import checkpoint
 from fastidmm.backbones.build import Encoder, backbone, build_encoder, load_weights
-from fastidmm.batch import Loader, Method
+from fastidmm.batch import Method
 from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, OutOfMemoryError, UsageError
 from fastidmm.loaders.memory import within_reach
+from fastidmm.loaders.planned import Planned
 from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
 from fastidmm.norms import check_norms, share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
@@ -61,7 +62,7 @@ class Parts:
     record: Record
     store: Store
     method: Method
-    loader: Loader
+    loader: Planned
     counters: Counters
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -226,7 +227,7 @@ def assemble(record: Record, split: Store | None = None) -> Parts:
             )
         assert isinstance(method.backbone, Encoder)
         method.backbone.compile_training()
-    loader: Loader = find("loader", run.loader)(
+    loader: Planned = find("loader", run.loader)(
         store,
         method,
         counters,

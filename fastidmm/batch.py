@@ -1,20 +1,17 @@
-"""What passes between the parts: view groups, batches, losses, and the two seams around them.
+"""What passes between the parts: view groups, batches, losses; and the seam to methods.
 
 Letters in shapes: B images of a batch, C crops of a group, S side of a crop in pixels, N rows of
 the store, D features.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from fastidmm.store import Store
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -137,20 +134,6 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
     keep: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)  # for `after_step`, too
-
-
-class Loader(Protocol):
-    """Delivers batches on the device, the plan's rows and views, whatever decodes them."""
-
-    store: "Store"  # its pixels where the loader reads them
-    steps_per_epoch: int
-
-    def batches(self, start_step: int) -> Generator[Batch]:
-        """Batches from `start_step` on, without end; a restart gives the same ones.
-
-        Closing the generator ends every thread and process behind it.
-        """
-        ...
 
 
 class Method(nn.Module):

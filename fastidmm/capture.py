@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fastidmm.assemble import Parts, nothing
 from fastidmm.batch import Batch
-from fastidmm.loaders.planned import Planned
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
 from fastidmm.ranks import world
@@ -173,7 +172,6 @@ class Captured:
 
     def _num_rows(self, number: int) -> int:
         loader = self.parts.loader
-        assert isinstance(loader, Planned)
         first = number % loader.steps_per_epoch * loader.batch_size
         return min(loader.batch_size, len(loader.store) - first)
 
@@ -186,7 +184,6 @@ class Captured:
 
     def _views(self, number: int, counter: Tensor | None = None) -> Batch:
         """The batch of a step that the device makes alone; by the counter, where a graph may."""
-        assert isinstance(self.parts.loader, Planned)
         return self.parts.loader.batch(number, counter)
 
     def _views_with_room(self, number: int, counter: Tensor | None = None) -> Batch:
@@ -297,7 +294,7 @@ def stepped(parts: Parts, clock: Clock) -> Generator[Stepped]:
         for number in count(parts.state.step):
             if captured is None:
                 yield step(parts, clock.wait_for(batches))
-            elif isinstance(loader, Planned) and loader.on_device:
+            elif loader.on_device:
                 yield captured.step(number)
             else:
                 yield captured.step(number, clock.wait_for(batches))

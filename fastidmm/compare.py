@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastidmm import seeds
 from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score
-from fastidmm.record import RECIPE, Record, stages
+from fastidmm.record import RECIPE, Record, is_stage, stages
 from fastidmm.reporting.claims import (
     FINETUNED,
     Arm,
@@ -68,7 +68,7 @@ class Compared:
     @classmethod
     def of(cls, folder: Path) -> "Compared":
         """What lies in a run's folder."""
-        if (folder.parent / RECIPE).exists():
+        if is_stage(folder):
             raise UsageError(f"{folder} is a stage; name its run: {folder.parent}.")
         record = Record(folder)
         run, started = record.recipe.run, record.environment()
@@ -92,7 +92,7 @@ class Compared:
             budget,
             Images(run.dataset, started["train_fingerprint"], started["num_train"], chosen),
             evaluation.get("test_fingerprint") if evaluation else None,
-            sum(float(each.state.get("seconds", 0.0)) for each in everything),
+            sum(each.seconds for each in everything),
             tuple(everything),
         )
 

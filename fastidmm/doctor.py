@@ -17,7 +17,10 @@ DRIVERS = {12: 525, 13: 580}  # oldest NVIDIA driver by major version of CUDA
 OLDEST_OF_CUDA_13 = (7, 5)  # compute capability
 INDEX = "https://download.pytorch.org/whl"
 FFCV_NEEDS = "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config"
-APEX = "pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
+APEX = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
+    "git+https://github.com/NVIDIA/apex"
+)
 LITTLE_MEMORY = 4 << 30  # bytes
 
 State = Literal["ok", "missing", "mend"]
@@ -214,13 +217,15 @@ def apex_line(facts: Facts) -> Line:
     """Whether apex is NVIDIA's, which PyPI does not have, and built with its CUDA extension."""
     version = facts.packages.get("apex", "without a version")
     if facts.apex == "absent":
-        return Line("apex", "ok", "not installed; optional")
+        found = "not installed; optional"
+        gpu = facts.gpus or facts.driver
+        return Line("apex", "missing", found, (APEX,)) if gpu else Line("apex", "ok", found)
     if facts.apex == "other":
         found = f"{version}; this is a Pyramid toolkit, not NVIDIA's"
         return Line("apex", "mend", found, ("pip uninstall -y apex",))
     if facts.apex == "python":
         found = f"{version}, NVIDIA's without amp_C, which FusedLAMB needs; optional"
-        return Line("apex", "missing", found, (f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 {APEX}",))
+        return Line("apex", "missing", found, (APEX,))
     return Line("apex", "ok", f"{version}, NVIDIA's with FusedLAMB")
 
 

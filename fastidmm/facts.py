@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastidmm.places import home, prepared
-from fastidmm.preparing.decode import num_cores
 
 PACKAGES = (
     "torch", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
@@ -78,7 +77,7 @@ class Facts:
 
 def look() -> Facts:
     """The facts of this machine; imports torch, torchvision and Triton, where they are."""
-    packages = {name: version for name in PACKAGES if (version := _version(name))}
+    packages = {name: version for name in PACKAGES if (version := version_of(name))}
     faults: dict[str, str] = {}
     for name in ("torch", "torchvision", "triton"):
         # torchvision without torch has only torch's fault to tell.
@@ -111,7 +110,8 @@ def look() -> Facts:
     )
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -193,6 +193,13 @@ def apex_kind() -> Literal["absent", "other", "python", "cuda"]:
     if not any((Path(folder) / "optimizers/fused_lamb.py").is_file() for folder in folders):
         return "other"
     return "cuda" if find_spec("amp_C") else "python"
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int | None]:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 
 from fastidmm.errors import Gone, Interrupted
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import num_cores
 
 HERE = "127.0.0.1"
 

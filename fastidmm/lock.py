@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,11 +52,14 @@ def _locked(file: IO[Any], *, kind: int = fcntl.LOCK_EX, after: float = 0.0) -> 
 
 
 def alive(process: int) -> bool:
-    """Whether there is a process of that number."""
+    """Whether a process of that number is there and has not ended."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another's
-        pass
+        return True
+    with suppress(OSError):  # elsewhere than on Linux
+        # A process that nobody has waited for yet is a zombie.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

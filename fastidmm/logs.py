@@ -9,7 +9,7 @@ from typing import Any
 from fastidmm.errors import UsageError
 from fastidmm.interrupt import unheard
 from fastidmm.ranks import world
-from fastidmm.record import RECIPE, Record
+from fastidmm.record import Record, is_stage
 
 Tell = Callable[[int, dict[str, float]], None]  # a step, and numbers by name
 
@@ -63,7 +63,7 @@ def _wandb(record: Record) -> tuple[Tell, Callable[[], None]]:
     """
     import wandb
 
-    folder, stage = record.folder.resolve(), (record.folder.parent / RECIPE).exists()
+    folder, stage = record.folder.resolve(), is_stage(record.folder)
     kept = folder / "wandb" / "id"
     with unheard():  # its process must not end before the run does
         run = wandb.init(

@@ -9,8 +9,7 @@ from contextlib import suppress
 import torch
 
 from fastidmm.errors import UsageError
-from fastidmm.facts import memory
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import memory, num_cores
 from fastidmm.ranks import world
 
 
@@ -61,6 +60,12 @@ def peak_memory() -> int:
     """Bytes of the host's memory that this process has had at most."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def name_of(device: torch.device) -> str:

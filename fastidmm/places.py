@@ -37,8 +37,12 @@ def current() -> str:
     """The dataset prepared last."""
     marker = home() / "current"
     name = marker.read_text().strip() if marker.exists() else ""
-    if name in prepared():
+    if name in (known := prepared()):
         return name
+    if known:
+        raise UsageError(
+            f"the dataset prepared last is gone: name one by --dataset. Known: {', '.join(known)}."
+        )
     raise UsageError(
         "no dataset is prepared yet: type `fastidmm prepare --dataset demo`, or "
         "`fastidmm prepare --dataset folder --from PHOTOS --name mine`."

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fastidmm.errors import Followed, Gone, as_told
+from fastidmm.lock import alive
 from fastidmm.pulse import EVERY, LOOKS, Pulse, machine, own_store, sign
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class World:
         gone = [
             rank
             for rank, (host, process) in enumerate(self.people)
-            if host == here and not _alive(process)
+            if host == here and not alive(process)
         ]
         with suppress(RuntimeError):  # the store may be gone with the first rank
             return [rank for rank in gone if not self.store.check([f"left {rank}"])]
@@ -245,21 +245,6 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             bucket, held = [], 0
     if bucket:
         yield bucket
-
-
-def _alive(process: int) -> bool:
-    """Whether a process of this machine is there and has not ended."""
-    if Path("/proc/self").exists():
-        try:
-            # A process that nobody has waited for yet is a zombie.
-            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 _here = World()

@@ -97,6 +97,7 @@ class Recipe(BaseModel):
         for name in tables:
             if name not in known:
                 raise UsageError(f"unknown table [{name}] in the recipe: {_near(name, known)}")
+        _check_tables(tables)
         method = find("method", _checked("run", RunOptions, tables).method)
         for name, table in method.settings.items():
             tables = {**tables, name: {**table, **tables.get(name, {})}}
@@ -189,11 +190,16 @@ def _near(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, list(known))
 
 
+def _check_tables(tables: Tables) -> None:
+    """Refuse a number or a list where a table must be."""
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"[{name}] in the recipe must be a table, not {table!r}.")
+
+
 def _checked(name: str, kind: type[Any], tables: Tables) -> Any:
     """One table as its typed model; the first problem as one sentence."""
     table = tables.get(name, {})
-    if not isinstance(table, dict):
-        raise UsageError(f"[{name}] in the recipe must be a table, not {table!r}.")
     try:
         return kind.model_validate(table)
     except ValidationError as problems:
@@ -243,7 +249,8 @@ def read_tables(name: str) -> Tables:
 
 def with_settings(tables: Tables, settings: dict[str, Any], assignments: list[str]) -> Tables:
     """Tables changed by flags (`run.epochs` -> value, None meaning not given) and by `--set`."""
-    changed = {n: dict(t) if isinstance(t, dict) else t for n, t in tables.items()}
+    _check_tables(tables)
+    changed = {name: dict(table) for name, table in tables.items()}
     for path, value in settings.items():
         if value is not None:
             _put(changed, path, value)
@@ -260,10 +267,7 @@ def with_settings(tables: Tables, settings: dict[str, Any], assignments: list[st
 
 def _put(tables: Tables, path: str, value: Any) -> None:
     name, _, key = path.partition(".")
-    table = tables.setdefault(name, {})
-    if not isinstance(table, dict):
-        raise UsageError(f"[{name}] in the recipe must be a table, not {table!r}.")
-    table[key] = value
+    tables.setdefault(name, {})[key] = value
 
 
 def _value(text: str) -> Any:

@@ -39,6 +39,7 @@ SCRATCH = "scratch-"  # how the names of stages begin that go back to random wei
 RECIPE, METRICS, ENVIRONMENT = "recipe.toml", "metrics.jsonl", "environment.json"
 MINUTE = 60.0
 ALWAYS = {"epoch", "step", "loss", "skipped"}  # in every metric line
+STARTED = {"fastidmm", "torch", "device", "command", "train_fingerprint", "num_train"}
 
 
 class Record:
@@ -58,10 +59,9 @@ class Record:
         """Make the folder with all it must always have, or nothing at all."""
         check_name(folder.name, "run")
         if folder.exists():
-            raise UsageError(
-                f"{folder} exists: `fastidmm resume {folder}` goes on with it; give --run another "
-                "name to start a new one."
-            )
+            resume = f"`fastidmm resume {folder}` goes on with it; "
+            told = resume if (folder / RECIPE).exists() else ""
+            raise UsageError(f"{folder} exists: {told}give --run another name to start a new one.")
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
         for path in folder.parent.glob(".*.*"):
@@ -110,6 +110,8 @@ class Record:
         path = self.folder / ENVIRONMENT
         try:
             started: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(started, dict) or not started.keys() >= STARTED:
+                raise ValueError("it lacks what every run begins with")
         except (OSError, ValueError) as problem:
             raise DataError(f"{path} cannot be read ({problem}): start a new run.") from None
         return started
@@ -139,6 +141,11 @@ class Record:
         newest = checkpoint.newest(self.checkpoints)
         state: dict[str, Any] = checkpoint.load(newest)[1] if newest else {}
         return state
+
+    @property
+    def seconds(self) -> float:
+        """Spent training, up to the newest checkpoint."""
+        return float(self.state.get("seconds", 0.0))
 
     @property
     def best(self) -> Path:
@@ -182,7 +189,7 @@ class Record:
     @property
     def unfinished(self) -> str:
         """What to say, and to do, where it should be finished and is not."""
-        run = self.folder.parent if (self.folder.parent / RECIPE).exists() else self.folder
+        run = self.folder.parent if is_stage(self.folder) else self.folder
         if self.running:
             return (
                 f"{self.folder} is still being trained: wait for its end; "
@@ -334,6 +341,11 @@ def run_folder(name: str) -> Path:
     return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
 
 
+def is_stage(folder: Path) -> bool:
+    """Whether a run's folder lies inside another's."""
+    return (folder.parent / RECIPE).exists()
+
+
 def start_of(folder: Path, init: str) -> Path | None:
     """The checkpoint that `run.init` means in a stage's folder, which may not be there yet."""
     return Path(os.path.normpath(folder / init)) if init not in ("", PUBLISHED) else None
@@ -357,7 +369,8 @@ def existing_run(name: str | None) -> Path:
         # A stage's path may begin with the name of a run in ./runs.
         for place in (folder,) if name.startswith(".") else (Path("runs", name), folder):
             if (place / RECIPE).exists():
-                return place
+                # "./" tells neither its name nor the folder around it.
+                return place if place.name.strip(".") else Path(os.path.abspath(place))
         known = [path.name for path in all_runs()]
         hint = did_you_mean(name, known) if known else "There are none in ./runs."
         raise UsageError(f"no run at {folder}. {hint}")
@@ -369,19 +382,13 @@ def existing_run(name: str | None) -> Path:
 
 def all_runs() -> list[Path]:
     """The runs in ./runs, the one started last at the end."""
-    recipes = Path("runs").glob(f"[!.]*/{RECIPE}")
-    return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
+    return stages(Path("runs"))
 
 
 def stages(folder: Path) -> list[Path]:
-    """The stages inside a run, oldest first."""
+    """The stages inside a run, or the runs in any other folder, oldest first."""
     recipes = folder.glob(f"[!.]*/{RECIPE}")
     return [p.parent for p in sorted(recipes, key=lambda p: p.stat().st_mtime)]
-
-
-def newest_weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights in a run's newest checkpoint."""
-    return encoder_weights(Record(folder).result)
 
 
 def encoder_weights(path: Path) -> dict[str, Tensor]:

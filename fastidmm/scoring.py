@@ -14,10 +14,10 @@ from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
-from fastidmm.preparing.files import naming, write_whole
+from fastidmm.preparing.files import write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import RECIPE, Record, newest_weights, stages
+from fastidmm.record import Record, encoder_weights, is_stage, stages
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 from fastidmm.terminal import printable
@@ -31,7 +31,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
 
     On the device it was trained on, or another.
     """
-    if (run.parent / RECIPE).exists():
+    if is_stage(run):
         raise UsageError(
             f"{run} is a stage, scored with its run: `fastidmm evaluate --run {run.parent}`."
         )
@@ -45,7 +45,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
     place = set_up(device or recipe.run.device, exact=recipe.run.exact)
     store, test = within_reach(store, place), within_reach(test, place)
     scores: dict[str, Any] = {
-        "pretrained": frozen_scores(recipe, newest_weights(run), store, test),
+        "pretrained": frozen_scores(recipe, encoder_weights(record.result), store, test),
         "random": frozen_scores(recipe, None, store, test),
     }
     newest = newest_stages(run)
@@ -69,8 +69,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
         "scores": scores,
         "evaluations": before + 1,
     }
-    with naming(run / EVALUATION):
-        write_whole(run / EVALUATION, json.dumps(found))
+    write_whole(run / EVALUATION, json.dumps(found))
     return found
 
 
@@ -175,7 +174,7 @@ def frozen_scores(
         run.backbone, recipe.backbone, resolution=run.resolution, counters=Counters(run.seed)
     )
     if weights is not None:
-        load_weights(encoder, weights, source="the run's newest checkpoint")
+        load_weights(encoder, weights, source="the run's checkpoint")
     encoder.to(device)
     dtype = dtype_of(run.precision, device)
     known, asked = (

@@ -1,6 +1,8 @@
 """The commands' work: pretrain, fine-tune, resume."""
 
 import os
+import re
+import shlex
 import shutil
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +32,16 @@ from fastidmm.progress import LABEL_FREE, SHOWN, say
 from fastidmm.quality import rising
 from fastidmm.ranks import launched, restarts, world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
-from fastidmm.record import RECIPE, SCRATCH, Record, free_folder, numbered, run_folder, stages
+from fastidmm.record import (
+    RECIPE,
+    SCRATCH,
+    Record,
+    free_folder,
+    is_stage,
+    numbered,
+    run_folder,
+    stages,
+)
 from fastidmm.registry import find
 from fastidmm.scoring import best
 from fastidmm.store import folder_of, has_split, open_store
@@ -54,8 +65,13 @@ def placed(recipe: Recipe, run: str | None, *, again: bool = False) -> Path:
 
     With `again` a run of that name and this very recipe is gone on with.
     """
-    stem = f"{recipe.run.dataset}_{recipe.run.backbone}_{recipe.run.method}".replace(":", "-")
-    return _placed(run_folder(run or stem[:60]), recipe, named=bool(run), again=again)
+    name = run or called(recipe.run.dataset, recipe.run.backbone, recipe.run.method)
+    return _placed(run_folder(name), recipe, named=bool(run), again=again)
+
+
+def called(*words: object) -> str:
+    """What to call a run that was given no name, with room for a number."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, words))).lstrip("._-")[:60]
 
 
 def begun(folder: Path, recipe: Recipe) -> Record:
@@ -76,15 +92,19 @@ def begun(folder: Path, recipe: Recipe) -> Record:
 
 def following(run: Path) -> list[str]:
     """What can be done with the newest run once it is pretrained: what needs labels, if it has."""
-    if training_rows(Record(run).recipe).learnable:
-        return [" ".join(["fastidmm finetune", *flags_in_proportion(Record(run).recipe)])]
-    return ["fastidmm report", "fastidmm embed --from PHOTOS --out features.npz"]
+    recipe = Record(run).recipe
+    # Without a name the newest in ./runs is meant.
+    named = [] if run.parent == Path("runs") else ["--run", shlex.quote(str(run))]
+    if training_rows(recipe).learnable:
+        return [" ".join(["fastidmm finetune", *named, *flags_in_proportion(recipe)])]
+    embed = ["fastidmm embed", *named, "--from PHOTOS --out features.npz"]
+    return [" ".join(["fastidmm report", *named]), " ".join(embed)]
 
 
 def after_finetuning(run: Path) -> str:
     """What can be done with a run that has learnt classes: scoring takes test images."""
     scorable = has_split(Record(run).recipe.run.dataset, "test")
-    return f"fastidmm {'evaluate' if scorable else 'report'} --run {run}"
+    return f"fastidmm {'evaluate' if scorable else 'report'} --run {shlex.quote(str(run))}"
 
 
 def flags_in_proportion(recipe: Recipe) -> list[str]:
@@ -168,7 +188,7 @@ def finetune(
     parent = Record(run)
     parent.check()
     asked = with_settings({}, settings, assignments).get("run", {})
-    if (run.parent / RECIPE).exists():
+    if is_stage(run):
         raise UsageError(f"{run} is a stage of {run.parent}; fine-tune that: --run {run.parent}.")
     check_own(parent, asked)
     if any(text.strip().startswith(("finetune", "supervised.")) for text in assignments):
@@ -223,8 +243,8 @@ def transfer(run: Path, settings: dict[str, Any], assignments: list[str]) -> dic
     tables = finetune_tables(parent, pretrained=True)
     del tables["loader"], tables["run"]["loader"], tables["run"]["num_images"]  # the other's size
     tables = with_settings(tables, settings, assignments)
-    stem = f"{tables['run']['dataset']}_{tables['run']['backbone']}_from_{run.resolve().name}"
-    folder = run_folder(stem.replace(":", "-")[:60])
+    words = tables["run"]["dataset"], tables["run"]["backbone"], "from", run.resolve().name
+    folder = run_folder(called(*words))
     tables["run"]["init"] = os.path.relpath(parent.result, folder)
     recipe = Recipe.of(tables)
     if recipe.run.dataset == parent.recipe.run.dataset:
@@ -330,7 +350,7 @@ def summary(record: Record) -> dict[str, Any]:
         "method": recipe.run.method,
         "epochs": recipe.run.epochs,
         "steps": record.steps,
-        "seconds": round(record.state["seconds"], 1),
+        "seconds": round(record.seconds, 1),
         "checkpoint": str(record.result),
         **{key: last[key] for key in (*SHOWN, *LABEL_FREE) if key in last},
     }

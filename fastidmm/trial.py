@@ -19,7 +19,7 @@ from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
 from fastidmm.evaluate import linear_probe, outputs
 from fastidmm.forecast import Costs, Course, Forecast, spell
-from fastidmm.machine import device_of, peak_memory
+from fastidmm.machine import device_of, peak_memory, synchronize
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
 from fastidmm.recipe import Recipe
@@ -157,7 +157,7 @@ def tried(folder: Path, recipe: Recipe) -> Tried:
     parts.method.train()
     width = parts.method.backbone.num_features
     assert isinstance(width, int)
-    _wait(device)
+    synchronize(device)
     opening = time.perf_counter() - began
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -213,7 +213,7 @@ def walk(parts: Parts, power: "Power") -> tuple[list[Block], float]:
                 next(coming)
                 state.step, num = state.step + 1, num + 1
                 now = (is_tail(course, state.step), seen[kind_of(state.step)] >= warm_up)
-            _wait(device)
+            synchronize(device)
             blocks.append(Block(*first, num, time.perf_counter() - began))
             deadline = min(deadline, time.perf_counter() + SECONDS)
         if device.type == "cuda":
@@ -278,7 +278,7 @@ def look_seconds(parts: Parts) -> float:
     for _ in range(2):  # the first finds memory and algorithms
         began = time.perf_counter()
         outputs(model, some, resolution=parts.recipe.run.resolution, dtype=parts.dtype)
-        _wait(store.device)
+        synchronize(store.device)
         spent = time.perf_counter() - began
     return spent / num
 
@@ -294,13 +294,13 @@ def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
     for _ in range(1 + gpu):  # a GPU's first finds its algorithms
         began = time.perf_counter()
         linear_probe(features, labels.to(device), features, classes)
-        _wait(device)
+        synchronize(device)
         spent = time.perf_counter() - began
     return spent * (max(1.0, num / LAUNCHED) if gpu else num / len(labels))
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes at most: allocated on the GPU, or of this process resident."""
+    """Bytes at most: reserved on the GPU, or of this process resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)  # graphs' pools, too
     return peak_memory()
@@ -341,8 +341,3 @@ class Power:
         """The mean of what was told once it had settled."""
         found = self._found[round(SETTLING / SAMPLE) :] or self._found
         return sum(found) / len(found) if found else None
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

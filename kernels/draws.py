@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastidmm.batch import ViewGroup
-from fastidmm.chance import Counters, Use, ratio_table
+from fastidmm.chance import Counters, Use, limit, ratio_table
 from fastidmm.kernels.words import signed
 
 try:
@@ -92,7 +92,7 @@ def fused(
 def _constants(group: ViewGroup, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Chances as words, ranges as low and span in float64, orders; on the device once."""
     probabilities = (group.flip, group.jitter, group.gray, group.blur, group.solarize, 0.5)
-    chances = torch.tensor([round(p * 2**32) for p in probabilities])
+    chances = torch.tensor([limit(p) for p in probabilities])
     colours = (group.brightness, group.contrast, group.saturation, group.hue)
     spans = [(low, high - low) for low, high in (group.scale, *colours, group.sigma)]
     ranges = [value for span in spans for value in span] + [min(group.ratio), max(group.ratio)]

@@ -138,10 +138,10 @@ def backward(
             if for_bias:
                 found = g.sum(0, dtype=torch.float32)[:num] * gradient
                 d_bias = found if d_bias is None else d_bias.add_(found)
-    nothing = gradient.new_empty(0)
+    # What is empty is so by itself: an operator's outputs may not be one tensor.
     return (
-        joined(d_z) if for_z else nothing,
-        nothing if d_weight is None else d_weight,
+        joined(d_z) if for_z else gradient.new_empty(0),
+        gradient.new_empty(0) if d_weight is None else d_weight,
         gradient.new_empty(0) if d_bias is None else d_bias,
     )
 

@@ -136,7 +136,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "probe scaled by what it is asked": ((EVALUATE, "evaluate::test_the_linear_probe_finds_the_minimum"), [("return ((test - mean) / deviation)", "return ((test - test.mean(dim=0)) / test.std(dim=0))")]),
     "top-5 called top-1": ((EVALUATE, "evaluate::test_measures_against_counting_by_hand"), [("**score(found, labels).as_dict()", "**score(found, labels, top=min(5, num_classes)).as_dict()")]),
     "test images among their neighbours": ((SCORING, "holdout::test_frozen_features_are_judged_by_training_labels_alone"), [("knn(known, store.label, asked, store.num_classes)", "knn(asked, test.label, asked, store.num_classes)")]),
-    "random weights that are not": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [('"random": frozen_scores(recipe, None, store, test)', '"random": frozen_scores(recipe, newest_weights(run), store, test)')]),
+    "random weights that are not": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [('"random": frozen_scores(recipe, None, store, test)', '"random": frozen_scores(recipe, encoder_weights(record.result), store, test)')]),
     "random weights of another seed": ((SCORING, "holdout::test_random_weights_are_the_seeds_own"), [("resolution=run.resolution, counters=Counters(run.seed)", "resolution=run.resolution, counters=Counters(0)")]),
     "a stage cut short hides one that is done": ((SCORING, "scores::test_a_stage_that_is_not_finished_hides_no_score"), [("in classifiers(run) if stage.finished}", "in classifiers(run)}")]),
     "features scored in another precision": ((SCORING, PRECISE), [("dtype = dtype_of(run.precision, device)", 'dtype = dtype_of("fp32", device)')]),

@@ -21,7 +21,7 @@ from fastidmm.assemble import build_method, initialise
 from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
 from fastidmm.evaluate import outputs
-from fastidmm.record import Record, newest_weights
+from fastidmm.record import Record, encoder_weights
 from fastidmm.store import folder_of, open_store
 
 SMALL = {"backbone": "vit_micro", "resolution": 16, "epochs": 2, "batch_size": 8}
@@ -60,7 +60,7 @@ def test_a_run_from_python_is_the_command_s(
     store = open_store(folder_of("toy"), "train")
     features = outputs(run.backbone(), store, resolution=16, dtype=torch.float32)
     assert features.shape == (16, 128) and not run.backbone().training
-    kept = newest_weights(run.folder)
+    kept = encoder_weights(Record(run.folder).result)
     assert all(torch.equal(p, kept[name]) for name, p in run.backbone().named_parameters())
 
 

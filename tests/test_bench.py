@@ -16,7 +16,7 @@ from fastidmm.bench import answers, everything, figures, made
 from fastidmm.bench import prepare as bench
 from fastidmm.bench.figures import measured, ratio, result, stall
 from fastidmm.errors import UsageError
-from fastidmm.preparing.decode import num_cores
+from fastidmm.facts import num_cores
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:

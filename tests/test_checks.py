@@ -85,7 +85,12 @@ def test_everything_is_found_and_told(told: Summary) -> None:
 def test_what_was_prepared_before_tells_the_same(told: Summary, tmp_path: Path) -> None:
     again = prepare(Folder().open(from_=tmp_path / "photos", seed=0), "mine")
     assert not again.fresh and again.lines()[1:] == told.lines()[1:]
-    (store.folder_of("mine") / "prepare.json").unlink()
+    path = store.folder_of("mine") / "prepare.json"
+    for damaged in (path.read_text().replace('"tiny"', '"tinz"'), "[]"):
+        path.write_text(damaged)
+        again = prepare(Folder().open(from_=tmp_path / "photos", seed=0), "mine")
+        assert again.fresh and again.lines() == told.lines()
+    path.unlink()
     assert prepare(Folder().open(from_=tmp_path / "photos", seed=0), "mine").fresh
 
 

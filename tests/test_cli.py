@@ -294,7 +294,7 @@ def test_a_run_is_named_once(typed: Type, home: Path, words: str) -> None:
 
 def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the same path elsewhere, unless that begins with a dot or a slash."""
-    for folder in ("runs/h/finetune-32", "elsewhere/h", "h/finetune-32"):
+    for folder in ("runs/h", "runs/h/finetune-32", "elsewhere/h", "h/finetune-32"):
         Path(folder).mkdir(parents=True)
         Path(folder, "recipe.toml").touch()
     stage = Path("runs/h/finetune-32")
@@ -305,6 +305,17 @@ def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.Mon
     assert record.existing_run(str(stage.resolve())) == stage.resolve()
     with pytest.raises(UsageError, match="no run at h/finetune-64"):
         record.existing_run("h/finetune-64")
+    monkeypatch.chdir("runs/h")
+    for here in ("./", "finetune-32/.."):
+        assert record.existing_run(here) == Path.cwd()
+        assert not record.is_stage(record.existing_run(here))
+
+
+def test_a_run_elsewhere_is_named_in_what_comes_next(typed: Type, toy: str) -> None:
+    """Without a name the next command would take the newest in ./runs."""
+    status, out, _ = typed("pretrain", *TINY, "--run", "else where/mine")
+    named = "--run 'else where/mine' --resolution 32 --epochs 1 --batch-size 8"
+    assert status == 0 and f"next: fastidmm finetune {named}" in out.splitlines()
 
 
 def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
@@ -313,6 +324,10 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
     status, _, err = typed("pretrain", *TINY, "--run", "mine")
     assert status == 2 and "fastidmm resume runs/mine" in sentence(err)
     assert Path("runs/mine/metrics.jsonl").read_bytes() == before
+    Path("runs/else").mkdir()
+    status, _, err = typed("pretrain", *TINY, "--run", "else")
+    told = "fastidmm: runs/else exists: give --run another name to start a new one."
+    assert status == 2 and sentence(err) == told
     status, _, err = typed("finetune", "--run", "mine", "--backbone", "deit_tiny")
     assert status == 2 and "trained with vit_micro, not deit_tiny" in sentence(err)
     status, _, err = typed("finetune", "mine", "--set", "finetune.lr=7")

@@ -270,7 +270,7 @@ def test_two_at_once_do_not_meet(home: Path, source: Source) -> None:
     (home / "stores").mkdir(parents=True)
     with (
         alone(home / "stores" / "mine"),
-        pytest.raises(UsageError, match="being prepared by another process"),
+        pytest.raises(UsageError, match="being made by another process"),
     ):
         prepare(source, "mine")
     assert stored(home) == []

@@ -12,6 +12,7 @@ import trials
 
 from fastidmm import checkpoint
 from fastidmm.errors import DataError
+from fastidmm.preparing import files
 
 
 def test_a_refused_call_costs_nothing(tmp_path: Path) -> None:
@@ -26,6 +27,20 @@ def test_a_full_disk_costs_nothing(tmp_path: Path) -> None:
     if not found.trials:
         pytest.skip(found.found)
     assert not found.broken, str(found)
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    files.write_whole(tmp_path / "kept", "before\n")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space .*'{tmp_path}/kept'"):
+        files.write_whole(tmp_path / "kept", "after\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "before\n"
 
 
 def test_the_bytes_are_those_of_the_tensors(

@@ -274,7 +274,15 @@ CASES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         (APT, "pip install --force-reinstall --no-deps --no-cache-dir ffcv==1.0.2"),
     ),
     (
-        "apex", {"apex": "absent", "packages": without("apex")}, "ok",
+        "apex", {"apex": "absent", "packages": without("apex")}, "missing",
+        "not installed; optional",
+        (
+            "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
+            "git+https://github.com/NVIDIA/apex",
+        ),
+    ),
+    (
+        "apex", BARE | {"apex": "absent", "packages": without("apex")}, "ok",
         "not installed; optional", (),
     ),
     (

@@ -251,3 +251,9 @@ def test_all_of_it_by_a_fresh_process(tmp_path: Path) -> None:
 def test_looking_is_free_of_torch_until_it_looks() -> None:
     code = "import sys, fastidmm.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_broken_package_keeps_nobody_from_being_told() -> None:
+    heavy = "{'numpy', 'PIL', 'torch'}"
+    code = f"import fastidmm.doctor, fastidmm.facts, sys; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,6 +18,7 @@ from fastidmm.errors import UsageError
 from fastidmm.preparing.prepare import prepare
 from fastidmm.recipe import Recipe, read_tables
 from fastidmm.record import Record
+from fastidmm.reporting.report import write
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -191,6 +192,9 @@ def test_a_stage_outlives_the_one_it_went_on_from(run: Path) -> None:
         stages.finetune(run, {**settings, "run.epochs": 1}, [])
     shutil.rmtree(run / "finetune-16")
     assert "finetuned_32" in scoring.evaluate(run)["scores"]["pretrained"]
+    page = write(run).read_text()
+    assert "# the stage at 32 px cannot be repeated: the one it went on from is gone\n" in page
+    assert "fastidmm finetune --run run-again" not in page
 
 
 def test_a_start_that_is_not_there_leaves_nothing_behind(toy: str) -> None:
@@ -299,3 +303,5 @@ def test_a_run_is_fine_tuned_on_another_dataset(toy: str, tmp_path: Path) -> Non
     scores = scoring.evaluate(tuned.folder)["scores"]
     assert scores["pretrained"]["finetuned_16"]["stage"] == tuned.folder.name
     assert stages.transfer(RUN, settings, [])["run"] == "runs/other_vit_micro_from_run-2"
+    odd = RUN.rename(RUN.with_name("my run"))
+    assert stages.transfer(odd, settings, [])["run"] == "runs/other_vit_micro_from_my-run"

@@ -315,7 +315,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
         return real(a, b)
 
     monkeypatch.setattr(logits_path, "product", product)
-    for name, size in (("z", (6, 16)), ("weight", (64, 16))):
+    for name, backward in (("z", [(6, 16)]), ("weight", [(64, 16)]), ("bias", [])):
         asked.clear()
         leaf = case[name].detach().requires_grad_()
         total = loss(**(case | {name: leaf}))[0]
@@ -323,7 +323,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
         second = torch.autograd.grad(3 * total, leaf)[0]  # the d-logits are as they were
         torch.testing.assert_close(3 * first, second)
         torch.testing.assert_close(first.double(), getattr(true, name), rtol=1e-4, atol=1e-6)
-        assert asked == [(6, 64), size, size]
+        assert asked == [(6, 64), *backward, *backward]
 
 
 def test_the_public_function_takes_the_cpu_path_here(monkeypatch: pytest.MonkeyPatch) -> None:

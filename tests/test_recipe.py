@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastidmm.errors import UsageError
+from fastidmm.options import recipe_of
 from fastidmm.recipe import Recipe, read_tables, with_settings
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -91,6 +92,10 @@ def test_the_backbone_settles_what_is_unset() -> None:
             r"^optim\.betas = 7: input should",
         ),
         ({"run": 3}, r"\[run\] in the recipe must be a table"),
+        (
+            {"run": {"dataset": "d", "method": "simclr"}, "optim": [3]},
+            r"\[optim\] in the recipe must be a table, not \[3\]",
+        ),
     ],
 )
 def test_wrong_tables_are_answered_in_a_sentence(tables: object, message: str) -> None:
@@ -121,6 +126,9 @@ def test_a_missing_recipe_and_a_broken_one(tmp_path: Path, monkeypatch: pytest.M
     path.write_text("[run\n")
     with pytest.raises(UsageError, match="is not TOML"):
         read_tables(str(path))
+    path.write_text("[[run]]\n")
+    with pytest.raises(UsageError, match=r"\[run\] in the recipe must be a table"):
+        recipe_of(str(path), {}, None)
 
 
 def test_text_survives_toml(tmp_path: Path) -> None:

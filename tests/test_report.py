@@ -251,6 +251,8 @@ def test_a_run_is_repeated_by_its_commands(run: Path, page: str) -> None:
         "evaluate",
         "report",
     ]
+    # The folder is called <b>toy, which a shell would read a file for.
+    assert {words[words.index("--run") + 1] for words in commands} == {"b-toy-again"}
     recipe = commands[0][commands[0].index("--recipe") + 1]
     assert Path(recipe) == run / "recipe.toml"
     parent = Record(run)

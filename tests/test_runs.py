@@ -89,7 +89,7 @@ def test_what_sets_two_apart(three: None, typed: Type) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("environment.json", "{}", "broken: KeyError: 'num_train'"),
+        ("environment.json", "{}", "broken: runs/half/environment.json cannot be read"),
         ("evaluation.json", "[]", "broken: runs/half/evaluation.json cannot be read"),
         ("metrics.jsonl", None, "broken: IsADirectoryError: "),
     ],

@@ -182,6 +182,12 @@ def test_nothing_prepared(home: Path) -> None:
         store.current()
     with pytest.raises(UsageError, match="Nothing is prepared yet"):
         store.folder_of("flowers")
+    for name in ("one", "two"):
+        (home / "stores" / name).mkdir(parents=True)
+        (home / "stores" / name / "store.json").touch()
+    (home / "current").write_text("mine")
+    with pytest.raises(UsageError, match=r"is gone: name one by --dataset\. Known: one, two\.$"):
+        store.current()
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"reader_version": 999}'])

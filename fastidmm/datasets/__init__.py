@@ -42,9 +42,8 @@ class Source:
     split_seed: int | None = None  # None where the split is the dataset's own
     unusable: tuple[Unusable, ...] = ()  # files that need no decoding to be left out
     notes: tuple[str, ...] = ()  # sentences a user should read
-    official: bool = (
-        False  # a published split, which it no longer is without every one of its files
-    )
+    # A published split, which it no longer is without every one of its files.
+    official: bool = False
     own: bool = False  # a user's photographs, known by their folder and by nothing else
 
 

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from fastidmm.batch import Batch, Options
 from fastidmm.errors import DataError, UsageError
+from fastidmm.facts import num_cores
 from fastidmm.loaders import files
 from fastidmm.loaders.files import RESIDENT, Files
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import Plan
-from fastidmm.preparing.decode import ROOM, Room, Seat, decode, num_cores
+from fastidmm.preparing.decode import ROOM, Room, Seat, decode
 from fastidmm.store import Store
 
 NOT_READ = (".gif", ".webp")  # no GIF, and no WebP with EXIF, a colour profile or frames

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fastidmm.batch import Batch, Options
 from fastidmm.errors import DataError, UsageError
+from fastidmm.facts import num_cores
 from fastidmm.kernels.views import finish
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import Plan
 from fastidmm.preparing import beton
-from fastidmm.preparing.decode import num_cores
 from fastidmm.store import Store
 
 if TYPE_CHECKING:

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from fastidmm import augment
 from fastidmm.batch import Batch, Options, ViewGroup
 from fastidmm.errors import DataError, OutOfMemoryError, UsageError
+from fastidmm.facts import num_cores
 from fastidmm.interrupt import unheard
 from fastidmm.kernels import views_cpu
 from fastidmm.loaders.files import Files, unfit
 from fastidmm.loaders.pillow import chances, view
 from fastidmm.loaders.planned import Planned
 from fastidmm.plan import GroupPlan, Plan, draw
-from fastidmm.preparing.decode import FORMATS, num_cores, sketch, upright
+from fastidmm.preparing.decode import FORMATS, sketch, upright
 from fastidmm.shares import share
 from fastidmm.store import Store
 

@@ -182,7 +182,7 @@ def seconds_spent(work: Work) -> float | None:
         return None
     folder = run_folder(work.run.name)
     folders = [folder, *(folder / f"finetune-{side}" for side in work.resolutions)]
-    return sum(float(Record(each).state.get("seconds", 0.0)) for each in folders)
+    return sum(Record(each).seconds for each in folders)
 
 
 # --- bringing it --------------------------------------------------------------------------------

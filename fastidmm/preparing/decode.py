@@ -1,7 +1,6 @@
 """Decode photographs into RGB pixels, on every core."""
 
 import ctypes
-import os
 import stat
 import warnings
 from collections import deque
@@ -16,6 +15,7 @@ from threading import Condition
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from fastidmm.facts import num_cores
 from fastidmm.preparing.lookalike import look
 
 # Named, because Pillow would also hand PostScript to an interpreter.
@@ -274,10 +274,3 @@ def _next(waiting: deque[tuple[Seat, Future[Picture | str]]]) -> Pictures:
     seat, picture = waiting.popleft()
     yield picture.result()
     seat.keep(0)  # by now it is written
-
-
-def num_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -37,13 +37,16 @@ def digests(path: Path, kinds: Iterable[str]) -> dict[str, str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is never seen half-written."""
+    """Write a text so that it is never seen half-written; where it cannot be, all is as before."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    put_in_place(aside, path)
+    try:
+        with naming(path), aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def put_in_place(aside: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A store in the making: the lock, the dot folder and the journal that stand beside its place."""
+"""A store or an export in the making: the lock, the dot folder and the journal beside its place."""
 
 import fcntl
 import os
@@ -57,21 +57,10 @@ def _lock(path: Path, name: str) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
-            raise UsageError(
-                f"{name!r} is being prepared by another process: wait for it."
-            ) from None
+            raise UsageError(f"{name!r} is being made by another process: wait for it.") from None
         except OSError:
             return file  # Some network file systems have no locks.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
         os.close(file)  # Whoever had it before has ended since, and took the file away.
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file and see it onto the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync(path.parent)

@@ -1,6 +1,5 @@
 """Make a store of a dataset: list, decode once, write, put in place."""
 
-import errno
 import json
 import os
 import shutil
@@ -16,15 +15,15 @@ from typing import Any
 from PIL import __version__ as pillow_version
 
 from fastidmm.datasets import Item, Source, Unusable
-from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError
+from fastidmm.errors import FULL, DataError, FastidmmError, Interrupted, UsageError
 from fastidmm.interrupt import Stop, stoppable
 from fastidmm.places import READER_VERSION, check_name, home, read_json, split_files, summed
 from fastidmm.preparing import beton as beton_file
 from fastidmm.preparing.checks import check
 from fastidmm.preparing.decode import Facts, Picture, Pictures, decode_all
-from fastidmm.preparing.files import write_whole
+from fastidmm.preparing.files import sync, write_whole
 from fastidmm.preparing.journal import Journal
-from fastidmm.preparing.making import Making, alone, write
+from fastidmm.preparing.making import Making, alone
 from fastidmm.preparing.pack import Packed, Packer, fingerprint_of
 from fastidmm.preparing.sources import check_source
 from fastidmm.preparing.summary import Summary, counted, shown
@@ -165,8 +164,9 @@ def _found(folder: Path, signature: str) -> tuple[Described, Described] | None:
             if fingerprint_of(folder, split, told) != told["fingerprint"]:
                 return None
         checks = json.loads((folder / "prepare.json").read_text())
-    except (DataError, OSError, ValueError):
-        return None
+        Summary.of(described, checks, folder, fresh=False, changed=False).lines()
+    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # it is damaged somewhere, and cannot be told of
     return (described, checks) if described["source_signature"] == signature else None
 
 
@@ -188,8 +188,10 @@ def _made(making: Making, wanted: _Wanted, signature: str) -> tuple[Described, D
         checks = check(packed["train"], packed["test"], wanted.source.class_names, tally.unusable)
         described = _described(wanted, packed, tally)
         described["source_signature"] = signature
-        write(making.part / "prepare.json", json.dumps(checks, indent=1))
-        write(making.part / "store.json", json.dumps(summed(described), indent=1))
+        for name, told in (("prepare.json", checks), ("store.json", summed(described))):
+            (making.part / name).write_text(json.dumps(told, indent=1))
+            sync(making.part / name)
+        sync(making.part)
         making.put_in_place()
     return described, checks
 
@@ -318,7 +320,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _refusal(problem: OSError, folder: Path) -> FastidmmError:
-    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if problem.errno in FULL:
         return DataError(
             f"no space left for {folder}: free some and do the same again, which goes on from "
             "here, or lower --max-side, or set FASTIDMM_HOME to a folder on a larger disk."

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastidmm import checkpoint
 from fastidmm.compare import Compared
 from fastidmm.forecast import kept
-from fastidmm.record import RECIPE, Record
+from fastidmm.record import Record, stages
 from fastidmm.reporting.claims import Arm, Outcome, by_chance
 from fastidmm.reporting.commands import Stage
 
@@ -62,13 +61,13 @@ class Taken:
 
 def others(run: Path) -> Others:
     """The run beside its neighbours in ./runs, or wherever it lies."""
-    recipes = [p for p in run.parent.glob(f"[!.]*/{RECIPE}") if p.parent.name != run.name]
-    newest = sorted(recipes, key=lambda p: p.stat().st_mtime, reverse=True)
     this = Compared.of(run)
     found = [this]
-    for path in newest:
+    for folder in reversed(stages(run.parent)):
+        if folder.name == run.name:
+            continue
         try:
-            other = Compared.of(path.parent)
+            other = Compared.of(folder)
         except Exception:  # whatever lies in another's folder, it costs this page nothing
             continue
         if other.images == this.images:
@@ -101,11 +100,6 @@ def _row(
     )
 
 
-def taken(stages: Sequence[Stage]) -> list[Taken]:
-    """What the stages of a run took."""
-    return [Taken(stage, _seconds(stage), kept(stage.record.folder)) for stage in stages]
-
-
-def _seconds(stage: Stage) -> float:
-    newest = checkpoint.newest(stage.record.checkpoints)
-    return float(checkpoint.load(newest)[1]["seconds"]) if newest else 0.0
+def taken(parts: Sequence[Stage]) -> list[Taken]:
+    """What a run and its stages took."""
+    return [Taken(part, part.record.seconds, kept(part.record.folder)) for part in parts]

@@ -13,7 +13,7 @@ from fastidmm.recipe import Recipe, with_settings
 from fastidmm.record import RECIPE, Record
 from fastidmm.reporting.claims import FROZEN
 from fastidmm.scoring import place_of
-from fastidmm.stages import finetune_tables, flags_in_proportion, high_tables
+from fastidmm.stages import called, finetune_tables, flags_in_proportion, high_tables
 
 FLAGS = {"resolution": "--resolution", "epochs": "--epochs", "batch_size": "--batch-size"}
 LONGEST_NAME = 64
@@ -132,10 +132,15 @@ def _missing_high(
 def again(run: Stage, tuned: Sequence[Stage], *, evaluated: bool) -> list[str]:
     """The commands that repeat a run, its stages and its evaluation under another name."""
     folder = run.record.folder
-    name = f"{folder.name[: LONGEST_NAME - 6]}-again"
+    name = f"{called(folder.name)[: LONGEST_NAME - 6] or 'run'}-again"
     recipe = shlex.quote(str(folder / RECIPE))
     commands = [f"fastidmm pretrain --recipe {recipe} --run {name}"]
     for stage in tuned:
+        before = _went_on_from(stage)
+        if before and not (before / RECIPE).exists():
+            at = f"the stage at {stage.record.resolution} px"
+            commands.append(f"# {at} cannot be repeated: the one it went on from is gone")
+            continue
         scratch = ["--scratch"] if stage.arm == "random" else []
         words = ["fastidmm finetune --run", name, *_flags(stage), *_others(run, stage), *scratch]
         commands.append(" ".join(words))
@@ -149,6 +154,12 @@ def argument(folder: Path) -> str:
     return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
 
 
+def _went_on_from(stage: Stage) -> Path | None:
+    """The stage whose classifier it took over; None: it began with a new one."""
+    start = stage.record.init
+    return start.parent.parent if start and stage.record.recipe.run.init_head else None
+
+
 def _flags(stage: Stage) -> list[str]:
     run = stage.record.recipe.run
     return [f"{flag} {getattr(run, key)}" for key, flag in FLAGS.items()]
@@ -158,8 +169,8 @@ def _others(run: Stage, stage: Stage) -> list[str]:
     """`--set` for all in which a stage's recipe differs from what its flags alone would give."""
     own = stage.record.recipe
     settings = {f"run.{key}": getattr(own.run, key) for key in FLAGS}
-    if stage.record.init and own.run.init_head:
-        tables = high_tables(Record(stage.record.init.parent.parent))
+    if before := _went_on_from(stage):
+        tables = high_tables(Record(before))
     else:
         tables = finetune_tables(run.record, pretrained=False)
     usual = Recipe.of(with_settings(tables, settings, [])).tables()

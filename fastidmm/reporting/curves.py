@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 408, 58, 212  # of the plotting area
 MOST_POINTS = 80  # more are averaged: single batches say little
 MARKED_POINTS = 24  # a curve of so few shows each
+TICKS = 5  # distances between an axis's numbers, roughly
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ def chart(title: str, series: Sequence[Series], *, unit: str = "") -> Markup:
     )
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers at even distances that enclose `low` and `high`."""
     if low == high:
         low, high = (0.0, high) if high > 0 else (low, low + 1.0)
-    rough = (high - low) / most
+    rough = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

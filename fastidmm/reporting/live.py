@@ -16,12 +16,8 @@ from fastidmm.scoring import EVALUATION
 HOST = "127.0.0.1"
 RENEW = 10  # seconds between a browser's requests; each folds up what was unfolded
 IDLE = 10.0  # seconds that a browser may say nothing
-TOLD = (
-    METRICS,
-    EVALUATION,
-    FORECAST,
-    "checkpoints",
-)  # whatever grows or changes with a run or its stages
+# Whatever grows or changes with a run or its stages.
+TOLD = (METRICS, EVALUATION, FORECAST, "checkpoints")
 HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
     "Cache-Control": "no-store",

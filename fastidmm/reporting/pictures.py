@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastidmm import checkpoint
 from fastidmm.assemble import build_method
 from fastidmm.batch import Method, ViewGroup
 from fastidmm.chance import Counters
@@ -84,9 +83,7 @@ def side_of(num_pictures: int) -> int:
 def planned(record: Record, store: Store, step: int) -> tuple[Method, Plan]:
     """The plan of a step, drawn on the CPU, and the method it was for."""
     recipe, run = record.recipe, record.recipe.run
-    newest = checkpoint.newest(record.checkpoints)
-    attempt = checkpoint.load(newest)[1]["attempt"] if newest else 0
-    counters = Counters(run.seed, attempt)
+    counters = Counters(run.seed, record.state.get("attempt", 0))
     method = build_method(recipe, store, counters)
     plan = draw(
         (store.height, store.width),

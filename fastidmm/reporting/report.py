@@ -1,7 +1,6 @@
 """A run as one page: what pretraining did, the curves, the pictures, how to repeat it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fastidmm.errors import UsageError
 from fastidmm.forecast import spell
-from fastidmm.record import RECIPE, Record, stages
+from fastidmm.preparing.files import write_whole
+from fastidmm.record import RECIPE, Record, is_stage, stages
 from fastidmm.registry import find
 from fastidmm.reporting.beside import others, taken
 from fastidmm.reporting.charts import charts
@@ -29,7 +29,7 @@ class Page:
     """A run's page, which can be made again as the run goes on."""
 
     def __init__(self, run: Path) -> None:
-        if (run.parent / RECIPE).exists():
+        if is_stage(run):
             raise UsageError(
                 f"{run} is a stage; the report is its run's: `fastidmm report --run {run.parent}`."
             )
@@ -90,19 +90,14 @@ class Page:
 
 def write(run: Path) -> Path:
     """Write a run's `report.html`, complete in itself; returns its path."""
-    page = Page(run).text()
-    final, aside = run / REPORT, run / f".{REPORT}.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(final)
-    finally:
-        aside.unlink(missing_ok=True)
-    return final
+    path = run / REPORT
+    write_whole(path, Page(run).text())
+    return path
 
 
 def remaining(run: Path) -> list[str]:
     """The commands that bring what a run, or a stage's, lacks; its report is the last."""
-    run = run.parent if (run.parent / RECIPE).exists() else run
+    run = run.parent if is_stage(run) else run
     stage = Stage(Record(run))
     tuned = [Stage(Record(folder)) for folder in stages(run)]
     evaluation, scorable = current(run), data_of(stage).scorable
