@@ -46,7 +46,7 @@ KERNELS = {
     "add_norm": "fastidmm.kernels.add_norm:add_norm",
     "draws": "fastidmm.kernels.draws:draws",
     "dropout": "fastidmm.kernels.dropout:dropout",
-    "dwconv_gelu": "fastidmm.kernels.dwconv_gelu:dwconv_gelu",
+    "linear_dwconv_gelu": "fastidmm.kernels.linear_dwconv_gelu:linear_dwconv_gelu",
     "instance_loss": "fastidmm.kernels.instance_loss:instance_loss",
     "linear_add_norm": "fastidmm.kernels.linear_add_norm:linear_add_norm",
     "linear_gelu": "fastidmm.kernels.linear_gelu:linear_gelu",

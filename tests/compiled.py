@@ -28,8 +28,8 @@ from fastidmm.kernels import (
     draws_program,
     dropout,
     dropout_program,
-    dwconv_gelu,
-    dwconv_gelu_program,
+    linear_dwconv_gelu,
+    linear_dwconv_gelu_program,
     linear_gelu,
     linear_performer,
     linear_performer_program,
@@ -240,15 +240,15 @@ def dwconv_builds(architecture: int) -> dict[str, Build]:
     arguments = {name: kind for kind, names in kinds.items() for name in names.split()}
     found = {}
     for width in (4, 7, 14, 28, 56, 112):
-        options = dwconv_gelu.shape_of(width)
+        options = linear_dwconv_gelu.shape_of(width)
         shape = {key: options.pop(key) for key in ("PAIRS", "CHANNELS")}
         for name in ("forward", "sums", "gradient"):
             own, constants = dict(arguments), dict[str, Any](shape)
-            kernel = dwconv_gelu_program.conv_kernel
+            kernel = linear_dwconv_gelu_program.conv_kernel
             if name == "forward":
                 constants |= dict.fromkeys(("D_OUT", "D_BIAS"))
             if name == "gradient":
-                kernel = dwconv_gelu_program.gradient_kernel
+                kernel = linear_dwconv_gelu_program.gradient_kernel
             own = {k: v for k, v in own.items() if k in kernel.arg_names and k not in constants}
             found[f"{name} of {width}"] = Build(kernel, own, constants, options)
     return found

@@ -20,7 +20,10 @@ LINEAR_ATTENTION, ITS_CALL = (
     ("kernels/linear_performer.py", "linear"),
 )
 DROPOUT, DROPOUT_CALL = ("kernels/dropout_program.py", "dropout"), ("kernels/dropout.py", "dropout")
-CONV, CONV_CALL = ("kernels/dwconv_gelu_program.py", "linear"), ("kernels/dwconv_gelu.py", "linear")
+CONV, CONV_CALL = (
+    ("kernels/linear_dwconv_gelu_program.py", "linear"),
+    ("kernels/linear_dwconv_gelu.py", "linear"),
+)
 VIEWS_CPU, WORDS = ("kernels/views_cpu.py", "views_cpu"), ("kernels/words.py", "chance")
 
 MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
@@ -77,8 +80,10 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "a convolution's gradient not turned round": (CONV, [("made0 = above0 + g2 * w0 + g1 * w1 + g0 * w2", "made0 = above0 + g0 * w0 + g1 * w1 + g2 * w2")]),
     "the last row's gradient left out": (CONV, [("        if y > 0:\n            made0 = above0 + g2", "        if (y > 0) & (y < height):\n            made0 = above0 + g2")]),
     "weights' gradient from the row at hand": (CONV, [("_more(d0, d1, d2, u0, u1,", "_more(d0, d1, d2, v0, v1,")]),
-    "weights' gradient by one program": (CONV_CALL, [("d_weight = d_weight.sum(0)", "d_weight = d_weight[0]")]),
-    "weights' gradient as it lies": (CONV_CALL, [("d_weight.sum(0).t().reshape(ctx.shape)", "d_weight.sum(0).reshape(ctx.shape)")]),
+    "weights' gradient by one program": (CONV_CALL, [("d_within = d_weight.sum(0)", "d_within = d_weight[0]")]),
+    "weights' gradient as it lies": (CONV_CALL, [("torch.stack(nine, dim=1)", "torch.stack(nine, dim=0)")]),
+    "the layer's bias of what lies beside a map": (CONV, [(" + shift < width).to(tl.float32)", " + shift < 2 * PAIRS).to(tl.float32)")]),
+    "the layer's bias of a pair's first column": (CONV, [("made0 * inside0 + made1 * inside1", "made0 * inside0")]),
     "gradient without smoothing": (ROWS, [(" - w * (smoothing / num)\n", "\n")]),
     "loss without smoothing": (ROWS, [(" - tl.where(soft == 0, 0.0, soft * q)", "")]),
     "smoothing over N - 1 (gradient)": (

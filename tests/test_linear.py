@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from fastidmm.backbones.blocks import fed_among_neighbours
 from fastidmm.kernels import add_norm
-from fastidmm.kernels import dwconv_gelu as dwconv
 from fastidmm.kernels import linear_add_norm as joined
+from fastidmm.kernels import linear_dwconv_gelu as dwconv
 from fastidmm.kernels import linear_gelu as gelu
 from fastidmm.kernels import linear_heads as heads
 from fastidmm.kernels import linear_performer as performer
@@ -122,8 +122,9 @@ def test_rows_that_many_programs_share(num: int, monkeypatch: pytest.MonkeyPatch
     random = torch.Generator().manual_seed(num)
     x, weight = torch.randn(num, 3, 4, generator=random), torch.randn(210, 4, generator=random)
     given = {"x": x, "weight": weight, "bias": torch.randn(210, generator=random)}
-    maps = {"x": torch.randn(num, 6, 210, generator=random), "size": (3, 2), "bias": given["bias"]}
-    maps["weight"] = torch.randn(210, 1, 3, 3, generator=random)
+    maps = given | {"x": torch.randn(num, 6, 4, generator=random), "size": (3, 2)}
+    maps["conv_weight"] = torch.randn(210, 1, 3, 3, generator=random)
+    maps["conv_bias"] = given["bias"] / 2
     tokens = {"x": torch.randn(num, 3, 210, generator=random), "branch": given["x"]}
     tokens |= {"norm_weight": given["bias"] + 1, "norm_bias": given["bias"]}
     asked: dict[str, dict[str, Any]] = {
@@ -132,9 +133,7 @@ def test_rows_that_many_programs_share(num: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dwconv, "PROGRAMS", 6)
     monkeypatch.setattr(add_norm, "PROGRAMS", 6)
     for op, arguments in asked.items():
-        found = result(FUSED[op], arguments)
-        for key, value in truth(op, arguments).items():
-            torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
+        compared(op, arguments, result(FUSED[op], arguments), result(PLAIN[op], arguments))
 
 
 @pytest.mark.parametrize("name", [name for op, name in CASES if op == "performer"])
@@ -167,7 +166,8 @@ def test_convolutions_are_timms() -> None:
     """A whole hidden layer of PVTv2, by its own module."""
     mlp: Any = MlpWithDepthwiseConv(6, 40)
     x, size = torch.randn(2, 35, 6), (5, 7)
-    made = dwconv.fused(mlp.fc1(x), mlp.dwconv.weight, mlp.dwconv.bias, size)
+    of_layer, conv = (mlp.fc1.weight, mlp.fc1.bias), mlp.dwconv
+    made = dwconv.fused(x, *of_layer, conv.weight, conv.bias, size)
     torch.testing.assert_close(mlp.fc2(made), mlp(x, size))
     said = fed_among_neighbours(mlp, x, size).whole()
     torch.testing.assert_close(said, mlp(x, size), rtol=0, atol=0)

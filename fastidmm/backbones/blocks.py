@@ -4,7 +4,7 @@ Where a branch joins the tokens, sum and norm are one operation (`kernels/add_no
 model gives nothing but its class token, its last block makes nothing else: queries, projection and
 hidden layer of the other tokens are read by nobody. Biases have their gradients from who writes
 those of their layer (`kernels/linear_gelu.py`, `linear_heads.py`, `linear_add_norm.py`), and a
-pyramid's hidden layers are convolved by a kernel (`kernels/dwconv_gelu.py`).
+pyramid's hidden layers are convolved by a kernel (`kernels/linear_dwconv_gelu.py`).
 """
 
 # ruff: noqa: E402
@@ -18,8 +18,8 @@ from torch.nn import functional
 from fastidmm.backbones.drop import Dropout, DropPath
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.kernels.add_norm import add_norm
-from fastidmm.kernels.dwconv_gelu import dwconv_gelu
 from fastidmm.kernels.linear_add_norm import linear_add_norm
+from fastidmm.kernels.linear_dwconv_gelu import linear_dwconv_gelu
 from fastidmm.kernels.linear_gelu import linear_gelu
 from fastidmm.kernels.linear_heads import linear_heads
 
@@ -155,7 +155,8 @@ def fed_among_neighbours(mlp: Any, x: Tensor, size: Sequence[int]) -> Branch:
     """What a pyramid's hidden layer, which sees the tokens around on a map, says of (C, L, D)."""
     if not _by_dwconv(mlp):
         return Branch(mlp(x, size))
-    made = dwconv_gelu(mlp.fc1(x), mlp.dwconv.weight, mlp.dwconv.bias, size)
+    of_layer, conv = (mlp.fc1.weight, mlp.fc1.bias), mlp.dwconv
+    made = linear_dwconv_gelu(x, *of_layer, conv.weight, conv.bias, size)
     return last(mlp.drop(made), mlp.fc2, mlp.drop)
 
 
@@ -182,8 +183,10 @@ def _by_gelu(mlp: Any) -> bool:
 
 
 def _by_dwconv(mlp: Any) -> bool:
-    """Whether its hidden layer is what `dwconv_gelu` does."""
+    """Whether its hidden layer is what `linear_dwconv_gelu` does."""
     if type(mlp) is not pvt_v2.MlpWithDepthwiseConv or type(mlp.relu) is not nn.Identity:
+        return False
+    if type(mlp.fc1) is not nn.Linear or mlp.fc1.bias is None:
         return False
     # timm makes no other convolution there.
     return type(mlp.dwconv) is nn.Conv2d and mlp.dwconv.bias is not None and _is_gelu(mlp.act)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_linear import FUSED, PLAIN, compared, result
 
-from fastidmm.kernels import add_norm, dwconv_gelu, linear_gelu
+from fastidmm.kernels import add_norm, linear_dwconv_gelu, linear_gelu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,16 +17,24 @@ pytestmark = [
 ]
 
 
+def maps(num: int, size: tuple[int, int], width: int, kind: torch.dtype) -> dict[str, Any]:
+    """Of 16 channels, and the hidden layer of them."""
+    random = torch.Generator().manual_seed(width + size[0])
+    return {
+        "x": torch.randn(num, size[0] * size[1], 16, generator=random).to(kind).cuda(),
+        "weight": (torch.randn(width, 16, generator=random) / 4).cuda(),
+        "bias": torch.randn(width, generator=random).cuda(),
+        "conv_weight": (torch.randn(width, 1, 3, 3, generator=random) / 3).cuda(),
+        "conv_bias": torch.randn(width, generator=random).cuda(),
+        "size": size,
+    }
+
+
 def given(op: str, width: int, kind: torch.dtype = torch.float32) -> dict[str, Any]:
     """Of 37 crops, 50 tokens each, or maps of 70."""
     random = torch.Generator().manual_seed(width)
     if op == "dwconv":
-        return {
-            "x": torch.randn(37, 70, width, generator=random).to(kind).cuda(),
-            "weight": (torch.randn(width, 1, 3, 3, generator=random) / 3).cuda(),
-            "bias": torch.randn(width, generator=random).cuda(),
-            "size": (10, 7),
-        }
+        return maps(37, (10, 7), width, kind)
     if op == "performer":  # 1,100 tokens of 64: two programs sum them
         return {
             "x": torch.randn(2, 1100, width, generator=random).to(kind).cuda(),
@@ -75,13 +83,7 @@ def test_under_autocast_it_errs_as_little_as_torch(op: str, width: int, kind: to
 )
 def test_maps_of_every_stage(side: int) -> None:
     """As wide as PVTv2 has them from 112 to 448 px."""
-    random = torch.Generator().manual_seed(side)
-    asked: dict[str, Any] = {
-        "x": torch.randn(2, side * side, 48, generator=random).bfloat16().cuda(),
-        "weight": (torch.randn(48, 1, 3, 3, generator=random) / 3).cuda(),
-        "bias": torch.randn(48, generator=random).cuda(),
-        "size": (side, side),
-    }
+    asked = maps(2, (side, side), 48, torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
         found, plain = result(FUSED["dwconv"], asked), result(PLAIN["dwconv"], asked)
     compared("dwconv", asked, found, plain)
@@ -89,7 +91,7 @@ def test_maps_of_every_stage(side: int) -> None:
 
 @pytest.mark.parametrize("op", FUSED)
 def test_programs_that_take_several_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (linear_gelu, dwconv_gelu, add_norm):
+    for module in (linear_gelu, linear_dwconv_gelu, add_norm):
         monkeypatch.setattr(module, "PROGRAMS", 6)
     kind = torch.bfloat16 if op == "performer" else torch.float32
     asked = given(op, 48, kind)

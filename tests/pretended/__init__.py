@@ -57,11 +57,11 @@ def leave(status: int = 0) -> NoReturn:
 
 def larger() -> None:
     """Have programs hold more: an interpreter's time is by the program, whatever each holds."""
-    from fastidmm.kernels import add_norm, dwconv_gelu, linear_gelu, views
+    from fastidmm.kernels import add_norm, linear_dwconv_gelu, linear_gelu, views
 
     views.PARTS = 8
     add_norm.ELEMENTS = linear_gelu.ELEMENTS = 1 << 15
-    dwconv_gelu.ELEMENTS = 64
+    linear_dwconv_gelu.ELEMENTS = 64
 
 
 # Sizes of the GPU's tests that an interpreter gets through.

@@ -31,7 +31,7 @@ from fastidmm.bench.training import assembled
 from fastidmm.kernels import (
     add_norm_program,
     dropout_program,
-    dwconv_gelu_program,
+    linear_dwconv_gelu_program,
     linear_performer_program,
     linear_program,
 )
@@ -159,8 +159,13 @@ def counted(backbone: str, images: int, resolution: int) -> dict[str, list[int]]
             watched(traffic, linear_performer_program, "query_kernel", "linear_performer queries"),
             watched(traffic, linear_performer_program, "pair_kernel", "linear_performer pairs"),
             watched(traffic, dropout_program, "dropout", "dropout"),
-            watched(traffic, dwconv_gelu_program, "conv_kernel", "dwconv_gelu"),
-            watched(traffic, dwconv_gelu_program, "gradient_kernel", "dwconv_gelu gradients"),
+            watched(traffic, linear_dwconv_gelu_program, "conv_kernel", "linear_dwconv_gelu"),
+            watched(
+                traffic,
+                linear_dwconv_gelu_program,
+                "gradient_kernel",
+                "linear_dwconv_gelu gradients",
+            ),
             traffic,
         ):
             step(parts, coming)

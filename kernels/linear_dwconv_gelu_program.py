@@ -1,4 +1,4 @@
-"""The Triton programs of `dwconv_gelu`: maps gone through row by row, three rows at hand.
+"""The Triton programs of `linear_dwconv_gelu`: maps gone through row by row, three rows at hand.
 
 A program has every column of a map and a block of channels, and a thread two columns side by side:
 four numbers of a row are loaded for those two, once for all three rows that need them, while the
@@ -133,7 +133,7 @@ def conv_kernel(
 def gradient_kernel(
     D_SUM, X, W,  # as above, D_SUM of what GELU is given
     D_X,  # as X
-    D_W,  # (programs, 9, hidden) fp32: each program's share
+    D_W,  # (programs, 10, hidden) fp32: each program's share, the last of D_X's own sum
     maps, height, width, hidden, PAIRS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every so many maps and of the weights, from those of the convolutions' sums."""
@@ -145,6 +145,9 @@ def gradient_kernel(
     d0, d1, d2 = none, none, none
     d3, d4, d5 = none, none, none
     d6, d7, d8 = none, none, none
+    total = none
+    # A pair may lie beside the map, where its gradients are none: 0 for it, and 1.
+    inside0, inside1 = _inside(0, width, PAIRS), _inside(1, width, PAIRS)
     # Gradients of the rows above and at y, for both columns, to which row y is yet to add.
     above0, above1, at0, at1 = none, none, none, none
     place, rows, pitch, leap = _share(maps, height, width, hidden)
@@ -172,6 +175,7 @@ def gradient_kernel(
             made0 = above0 + g2 * w0 + g1 * w1 + g0 * w2
             made1 = above1 + g3 * w0 + g2 * w1 + g1 * w2
             _store(D_X + (place - pitch), made0, made1, width, hidden, channel, PAIRS)
+            total = total + made0 * inside0 + made1 * inside1
         above0 = at0 + g2 * w3 + g1 * w4 + g0 * w5
         above1 = at1 + g3 * w3 + g2 * w4 + g1 * w5
         at0 = g2 * w6 + g1 * w7 + g0 * w8
@@ -181,10 +185,17 @@ def gradient_kernel(
         d6, d7, d8 = _more(d6, d7, d8, z0, z1, g0, g1, g2, g3)
         u0, u1, v0, v1 = v0, v1, z0, z1
         place, y, following, below = following, below, after, then
-    share = D_W + tl.program_id(0).to(tl.int64) * 9 * hidden + channel
+    share = D_W + tl.program_id(0).to(tl.int64) * 10 * hidden + channel
     _leave(share, d0, d1, d2, hidden, channel)
     _leave(share + 3 * hidden, d3, d4, d5, hidden, channel)
     _leave(share + 6 * hidden, d6, d7, d8, hidden, channel)
+    tl.store(share + 9 * hidden, tl.sum(total, 0), channel < hidden)
+
+
+@triton.jit
+def _inside(shift, width, PAIRS: tl.constexpr):
+    """1 for pairs whose column 0 or 1 is one of the map's, and 0 (PAIRS, 1)."""
+    return (tl.arange(0, PAIRS) * 2 + shift < width).to(tl.float32)[:, None]
 
 
 @triton.jit
