@@ -16,12 +16,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import pytest
 import torch
+from interpreted import quicken
 from PIL import Image
 from webserver import Site, serving
 
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 
 make_torchvision_importable()  # before any test file imports it
+quicken()
 
 MakePhotos = Callable[..., Path]
 
