@@ -6,12 +6,12 @@ Each test is a process of its own, since torch asks once whether there is a GPU.
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
 
 import pytest
-from test_compiled_kernels import compiled
+from test_compiled_kernels import compiling
 
 from fastidmm.datasets.folder import Folder
 from fastidmm.preparing.prepare import prepare
@@ -24,6 +24,14 @@ pytestmark = [
         sys.platform != "linux" or which("g++") is None, reason="needs Linux and a C++ compiler"
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes after the first load what it has compiled of the GPU's C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRETENDED", str(tmp_path_factory.mktemp("pretended") / "pretended.so"))
+        yield
 
 
 def printed(*words: str, seconds: float = 900) -> str:
@@ -248,7 +256,8 @@ def test_a_run_from_the_store_to_the_report(
     assert line["step"] == 4 and "knn_top1" in line
     assert (tmp_path / "runs" / "made" / "report.html").exists()
     monkeypatch.setenv("LAUNCHES", str(tmp_path / "launches.json"))
-    builds = compiled("launches", "90")
+    with compiling() as compiled:
+        builds = compiled("launches", "90")
     kernels = {title.split()[0] for _, title, _ in builds}
     layers = {"forward_kernel", "backward_kernel", "gelu_kernel", "heads_kernel"}
     views = {"draws", "words", "resize", "means", "tint", "measure", "operate", "finish"}
