@@ -152,7 +152,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
-        ("test_capture_on_device.py", "ordinary and not (mocov2 or simclr)"),
+        ("test_capture_on_device.py", "ordinary and not (idmm or mocov2 or simclr)"),
         ("test_capture_on_device.py", "ahead and supervised"),
         (
             "test_on_device.py",
@@ -190,6 +190,7 @@ pretended.leave()
 
 
 def test_a_step_is_measured() -> None:
+    """IDMM's, captured and not."""
     printed("-c", BENCH)
 
 
