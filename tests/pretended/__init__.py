@@ -72,7 +72,8 @@ def larger() -> None:
 SMALLER = {
     "test_capture_on_device": {
         "NUM": 5, "BATCH": 3, "STEPS": 12, "BACKBONE": "vit_micro", "AHEAD_PX": 32
-    }
+    },
+    "test_on_device": {"BATCH": 7},
 }  # fmt: skip
 
 
