@@ -244,10 +244,10 @@ def test_a_run_from_the_store_to_the_report(
     for split, num in {"train": 4, "test": 1}.items():  # an interpreter has minutes for each
         photos(tmp_path / "photos" / split, per_class=num)
     prepare(Folder().open(from_=tmp_path / "photos", seed=0), "few", workers=0, quiet=True)
-    table = ["finetune.resolution=32", "finetune.epochs=2", "finetune_high.resolution=40"]
+    table = ["finetune.resolution=16", "finetune.epochs=2", "finetune_high.resolution=24"]
     options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
     told = printed(
-        "-c", RUN, "run", "--dataset", "few", "--backbone", "vit_micro", "--resolution", "32",
+        "-c", RUN, "run", "--dataset", "few", "--backbone", "vit_micro", "--resolution", "16",
         "--batch-size", "4", "--epochs", "2", "--device", "cuda",
         "--run", "made", *options,
     )  # fmt: skip
