@@ -69,7 +69,7 @@ def larger() -> None:
 
 
 # Sizes of the GPU's tests that an interpreter gets through.
-SMALLER = {
+SMALLER: dict[str, dict[str, int | str]] = {
     "test_capture_on_device": {
         "NUM": 5, "BATCH": 3, "STEPS": 12, "BACKBONE": "vit_micro", "AHEAD_PX": 32
     },
