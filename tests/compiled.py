@@ -1,9 +1,10 @@
 """Compiles kernels for GPUs that are not there and prints, as JSON, what each build uses.
 
-    python tests/compiled.py NAME [ARCHITECTURE ...]
+    echo NAME [ARCHITECTURE ...] | python tests/compiled.py
 
-Run as a process of its own without TRITON_INTERPRET, which is read when a kernel is defined. Needs
-no GPU and no torch device: ptxas and cuobjdump come with Triton.
+A line is printed for each that is asked: half of what one takes is to import all this. A process
+of its own without TRITON_INTERPRET, which is read when a kernel is defined. Needs no GPU and no
+torch device: ptxas and cuobjdump come with Triton.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -363,17 +365,21 @@ KINDS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Print {architecture: {build: what it uses}}."""
-    name, *asked = sys.argv[1:]
-    found = {
-        architecture: {
-            title: built(build, architecture) for title, build in KINDS[name](architecture).items()
+def answer(line: str) -> dict[str, Any]:
+    """{architecture: {build: what it uses}}, or why there is none."""
+    name, *asked = line.split()
+    try:
+        return {
+            str(architecture): {
+                title: built(build, architecture)
+                for title, build in KINDS[name](architecture).items()
+            }
+            for architecture in map(int, asked or ARCHITECTURES)
         }
-        for architecture in map(int, asked or ARCHITECTURES)
-    }
-    print(json.dumps(found))
+    except Exception:
+        return {"failed": traceback.format_exc()}
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        print(json.dumps(answer(line)), flush=True)

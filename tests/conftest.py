@@ -16,12 +16,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import pytest
 import torch
+from interpreted import quicken
 from PIL import Image
 from webserver import Site, serving
 
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 
 make_torchvision_importable()  # before any test file imports it
+quicken()
 
 MakePhotos = Callable[..., Path]
 
@@ -73,16 +75,21 @@ def photos() -> MakePhotos:
     return make_photos
 
 
-@pytest.fixture
-def toy(home: Path, tmp_path: Path) -> str:
-    """A prepared dataset of 20 training and 8 test photographs in 2 classes."""
+def prepare_toy(folder: Path) -> str:
+    """A prepared dataset of 20 training and 8 test photographs in 2 classes, of a folder."""
     from fastidmm.datasets.folder import Folder
     from fastidmm.preparing.prepare import prepare
 
-    make_photos(tmp_path / "photos" / "train", per_class=10)
-    make_photos(tmp_path / "photos" / "test", per_class=4)
-    prepare(Folder().open(from_=tmp_path / "photos", seed=0), "toy", workers=0, quiet=True)
+    make_photos(folder / "photos" / "train", per_class=10)
+    make_photos(folder / "photos" / "test", per_class=4)
+    prepare(Folder().open(from_=folder / "photos", seed=0), "toy", workers=0, quiet=True)
     return "toy"
+
+
+@pytest.fixture
+def toy(home: Path, tmp_path: Path) -> str:
+    """A prepared dataset of 20 training and 8 test photographs in 2 classes."""
+    return prepare_toy(tmp_path)
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
     method, loader = assembled(name, backbone=backbone, num=3, batch_size=3, drop_path=0.0)
     batch = loader.batch(0)
     optimizer = torch.optim.AdamW(method.param_groups(), lr=1e-4, fused=True)
-    found = []
-    for _ in range(20):
+    found: list[float] = []
+    # The worse of the first two: the least may be there before the first step, by luck.
+    while len(found) < 3 or (len(found) < 20 and found[-1] >= 0.97 * max(found[:2])):
         optimizer.zero_grad()
         loss = method(batch).total
         loss.backward()
@@ -31,9 +32,7 @@ def test_every_method_trains_every_backbone(name: str, backbone: str) -> None:
         optimizer.step()
         found.append(loss.item())
     assert all(map(math.isfinite, found))
-    # The least of them: three images' contrast may be lost again by the very next step. And the
-    # worse of the first two: it may also be there before the first, by luck.
-    assert min(found) < 0.97 * max(found[:2]), found
+    assert found[-1] < 0.97 * max(found[:2]), found
 
 
 @pytest.mark.parametrize("name", list(METHODS))

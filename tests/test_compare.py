@@ -5,9 +5,11 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
+from conftest import prepare_toy
 from made_runs import made_run
 from test_cli import Type, sentence
 from test_cli import typed as typed
@@ -20,19 +22,31 @@ from fastidmm.reporting.beside import others
 STAGE = {"run.resolution": 16, "run.epochs": 2, "run.batch_size": 8}
 
 
-@pytest.fixture
-def runs(toy: str) -> list[Path]:
-    """Two runs of three epochs and one of one, each fine-tuned alike; the first is evaluated.
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a dataset and three runs: two of three epochs, one of one, fine-tuned alike.
 
-    In the second, too, more differs than the seed.
+    The first is evaluated. In the second, too, more differs than the seed.
     """
-    folders = [Path("runs") / name for name in ("one", "two", "short")]
-    for seed, (folder, epochs) in enumerate(zip(folders, (3, 3, 1), strict=True)):
-        stages.pretrain(recipe(epochs=epochs, seed=seed, score_every=20 + seed), folder.name)
-        stages.finetune(folder, STAGE, [])
-    stages.finetune(folders[0], STAGE, [], pretrained=False)  # no part of the comparison
-    scoring.evaluate(folders[0])
-    return folders
+    place = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTIDMM_HOME", str(place / "home"))
+        patch.chdir(place)
+        prepare_toy(place)
+        folders = [Path("runs") / name for name in ("one", "two", "short")]
+        for seed, (folder, epochs) in enumerate(zip(folders, (3, 3, 1), strict=True)):
+            stages.pretrain(recipe(epochs=epochs, seed=seed, score_every=20 + seed), folder.name)
+            stages.finetune(folder, STAGE, [])
+        stages.finetune(folders[0], STAGE, [], pretrained=False)  # no part of the comparison
+        scoring.evaluate(folders[0])
+    return place
+
+
+@pytest.fixture
+def runs(home: Path, trained: Path, tmp_path: Path) -> list[Path]:
+    """The three, a test's own."""
+    copytree(trained, tmp_path, dirs_exist_ok=True)
+    return [Path("runs") / name for name in ("one", "two", "short")]
 
 
 def tell(folder: Path, right: int, num: int) -> None:

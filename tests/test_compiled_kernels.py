@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +17,43 @@ ROOT = Path(__file__).parents[1]
 SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10}
 
 
-def compiled(name: str, *architectures: str) -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, build, what it uses), from a process that does not interpret."""
+Compiled = Callable[..., list[tuple[str, str, dict[str, int]]]]
+
+
+@contextmanager
+def compiling() -> Iterator[Compiled]:
+    """Gives (architecture, build, what it uses), from a process that does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "compiled.py", name, *architectures],
-        env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert set(found) == set(architectures)
-    return [(a, title, use) for a, builds in found.items() for title, use in builds.items()]
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "compiled.py"],
+            env=environment | {"PYTHONPATH": str(ROOT)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def compiled(name: str, *architectures: str) -> list[tuple[str, str, dict[str, int]]]:
+            print(name, *architectures, file=asked, flush=True)
+            line = answers.readline()
+            said.seek(0)
+            assert line, said.read().decode()[-2000:]
+            found: dict[str, Any] = json.loads(line)
+            assert set(found) == set(architectures), found.get("failed")
+            return [(a, title, use) for a, builds in found.items() for title, use in builds.items()]
+
+        yield compiled
 
 
-def test_row_kernels() -> None:
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Compiled]:
+    with compiling() as found:
+        yield found
+
+
+def test_row_kernels(compiled: Compiled) -> None:
     builds = compiled("rows", *SHARED)
     assert len(builds) == 5 * 3
     for architecture, title, use in builds:
@@ -37,7 +63,7 @@ def test_row_kernels() -> None:
         assert use["shared"] <= SHARED[architecture], where
 
 
-def test_view_programs() -> None:
+def test_view_programs(compiled: Compiled) -> None:
     builds = compiled("views", *SHARED)
     assert len(builds) == 5 * (2 + 2 + 3 * 2)
     for architecture, title, use in builds:
@@ -49,13 +75,13 @@ def test_view_programs() -> None:
         assert use["shared"] <= SHARED[architecture], where
 
 
-def test_draws_fuse_no_doubles() -> None:
+def test_draws_fuse_no_doubles(compiled: Compiled) -> None:
     """A fused multiply-add rounds once where the definition rounds twice."""
     for architecture, title, use in compiled("draws", "80", "90", "100"):
         assert use["stack"] == 0 and use["fused_doubles"] == 0, f"{title} for sm_{architecture}"
 
 
-def test_operations_of_randaugment() -> None:
+def test_operations_of_randaugment(compiled: Compiled) -> None:
     """Nothing spilled, room for four programs, and float64 as the definition rounds it."""
     for architecture, title, use in compiled("randaugment", "80", "90", "100"):
         where = f"{title} for sm_{architecture}: {use}"
@@ -64,7 +90,7 @@ def test_operations_of_randaugment() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED)
-def test_tile_kernels(architecture: str) -> None:
+def test_tile_kernels(architecture: str, compiled: Compiled) -> None:
     builds = compiled("tiles", architecture)
     assert len(builds) == 2 * 5
     for _, title, use in builds:
@@ -77,7 +103,7 @@ def test_tile_kernels(architecture: str) -> None:
         assert use["warpgroup"] > 0 or not newer, where
 
 
-def test_sums_and_norms() -> None:
+def test_sums_and_norms(compiled: Compiled) -> None:
     builds = compiled("norms", *SHARED)
     assert len(builds) == 5 * 2 * 4
     for architecture, title, use in builds:
@@ -86,7 +112,7 @@ def test_sums_and_norms() -> None:
         assert use["vector_loads"] >= 3 and use["vector_stores"] >= 3, where
 
 
-def test_gradients_of_layers() -> None:
+def test_gradients_of_layers(compiled: Compiled) -> None:
     builds = compiled("linear", *SHARED)
     assert len(builds) == 5 * (1 + 2 * 2)
     for architecture, title, use in builds:
@@ -97,7 +123,7 @@ def test_gradients_of_layers() -> None:
         assert use["vector_loads"] >= num and use["vector_stores"] >= num - 1, where
 
 
-def test_linear_attention_and_dropout() -> None:
+def test_linear_attention_and_dropout(compiled: Compiled) -> None:
     builds = compiled("performer", *SHARED)
     assert len(builds) == 5 * (4 + 2)
     for architecture, title, use in builds:
@@ -111,7 +137,7 @@ def test_linear_attention_and_dropout() -> None:
             assert use["tensor_core"] > 0 and use["vector_loads"] >= 8, where
 
 
-def test_convolutions() -> None:
+def test_convolutions(compiled: Compiled) -> None:
     builds = compiled("dwconv", *SHARED)
     assert len(builds) == 5 * 3 * 6
     for architecture, title, use in builds:

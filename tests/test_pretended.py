@@ -6,12 +6,12 @@ Each test is a process of its own, since torch asks once whether there is a GPU.
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
 
 import pytest
-from test_compiled_kernels import compiled
+from test_compiled_kernels import compiling
 
 from fastidmm.datasets.folder import Folder
 from fastidmm.preparing.prepare import prepare
@@ -24,6 +24,14 @@ pytestmark = [
         sys.platform != "linux" or which("g++") is None, reason="needs Linux and a C++ compiler"
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes after the first load what it has compiled of the GPU's C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRETENDED", str(tmp_path_factory.mktemp("pretended") / "pretended.so"))
+        yield
 
 
 def printed(*words: str, seconds: float = 900) -> str:
@@ -144,7 +152,7 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
-        ("test_capture_on_device.py", "ordinary and not (mocov2 or simclr)"),
+        ("test_capture_on_device.py", "ordinary and not (idmm or mocov2 or simclr)"),
         ("test_capture_on_device.py", "ahead and supervised"),
         (
             "test_on_device.py",
@@ -183,6 +191,7 @@ pretended.leave()
 
 
 def test_a_step_is_measured() -> None:
+    """IDMM's, captured and not."""
     printed("-c", BENCH)
 
 
@@ -236,10 +245,10 @@ def test_a_run_from_the_store_to_the_report(
     for split, num in {"train": 4, "test": 1}.items():  # an interpreter has minutes for each
         photos(tmp_path / "photos" / split, per_class=num)
     prepare(Folder().open(from_=tmp_path / "photos", seed=0), "few", workers=0, quiet=True)
-    table = ["finetune.resolution=32", "finetune.epochs=2", "finetune_high.resolution=40"]
+    table = ["finetune.resolution=16", "finetune.epochs=2", "finetune_high.resolution=24"]
     options = [w for each in (*table, "finetune_high.epochs=1") for w in ("--set", each)]
     told = printed(
-        "-c", RUN, "run", "--dataset", "few", "--backbone", "vit_micro", "--resolution", "32",
+        "-c", RUN, "run", "--dataset", "few", "--backbone", "vit_micro", "--resolution", "16",
         "--batch-size", "4", "--epochs", "2", "--device", "cuda",
         "--run", "made", *options,
     )  # fmt: skip
@@ -249,7 +258,8 @@ def test_a_run_from_the_store_to_the_report(
     assert line["step"] == 4 and "knn_top1" in line
     assert (tmp_path / "runs" / "made" / "report.html").exists()
     monkeypatch.setenv("LAUNCHES", str(tmp_path / "launches.json"))
-    builds = compiled("launches", "90")
+    with compiling() as compiled:
+        builds = compiled("launches", "90")
     kernels = {title.split()[0] for _, title, _ in builds}
     layers = {"forward_kernel", "backward_kernel", "gelu_kernel", "heads_kernel"}
     views = {"draws", "words", "resize", "means", "tint", "measure", "operate", "finish"}

@@ -68,11 +68,13 @@ def nearest(looks: Looks, num_train: int, near: int = NEAR) -> tuple[Rows, Rows]
 def _join(unique: Looks, keys: Rows, width: int, first: Rows, best: Rows, near: int) -> None:
     """Compare all looks of which this band is equal or differs in one bit; keep the nearest."""
     order = np.argsort(keys, kind="stable")
-    bounds = np.zeros((1 << width) + 1, np.int64)
-    np.cumsum(np.bincount(keys, minlength=1 << width), out=bounds[1:])
+    values, places, counts = np.unique(keys[order], return_index=True, return_counts=True)
+    # Of millions of keys few are there: pages that none is on are never touched.
+    begins, nums = np.zeros((2, 1 << width), np.int64)
+    begins[values], nums[values] = places, counts
     for turned in (0, *(1 << bit for bit in range(width))):
         others = keys ^ turned
-        sizes = bounds[others + 1] - bounds[others]
+        sizes = nums[others]
         ends = np.cumsum(sizes)
         start = 0
         while start < len(unique):
@@ -82,7 +84,7 @@ def _join(unique: Looks, keys: Rows, width: int, first: Rows, best: Rows, near: 
             place = np.arange(len(left)) - np.repeat(
                 ends[start:stop] - sizes[start:stop] - before, sizes[start:stop]
             )
-            right = order[bounds[others[left]] + place]
+            right = order[begins[others[left]] + place]
             bits = np.bitwise_count(unique[left] ^ unique[right]).astype(np.int64)
             kept = (bits <= near) & (first[right] < first[left])
             left, right, bits = left[kept], right[kept], bits[kept]

@@ -27,6 +27,7 @@ GROUP = ViewGroup(
     count=2, size=33, scale=(0.05, 1.0), jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
     saturation=(0.2, 1.8), hue=(-0.2, 0.2), gray=0.2, blur=0.5, solarize=0.2, mix="cutmix",
 )  # fmt: skip
+BATCH = 16  # of views by kernels
 TUNING = replace(GROUP, interpolation="bicubic", randaugment=2, mix="alternate")
 # What the kernels know together: the paper's fine-tuning.
 KNOWN = replace(TUNING, blur=0.0, solarize=0.0)
@@ -43,10 +44,10 @@ def store(num: int = 37) -> Store:
     return Store(pixels, length.cumsum(0) - length, height, width, label, ("one",), "noise")
 
 
-def plan(photos: Store, step: int, group: ViewGroup = GROUP) -> GroupPlan:
+def plan(photos: Store, step: int, group: ViewGroup = GROUP, num: int = 16) -> GroupPlan:
     """One group's plan, drawn where the store lies."""
     sizes = (photos.height, photos.width)
-    return draw(sizes, [group], Counters(7), step=step, batch_size=16, cutmix_groups=3).groups[0]
+    return draw(sizes, [group], Counters(7), step=step, batch_size=num, cutmix_groups=3).groups[0]
 
 
 def tensors(thing: object) -> dict[str, torch.Tensor]:
@@ -102,9 +103,10 @@ def test_views_are_equal_to_rounding() -> None:
 def test_the_kernels_give_the_renderers_views(group: ViewGroup, size: int) -> None:
     """1/255 on average; twice the same bits."""
     there = store().to(torch.device("cuda"))
-    for step in (0, 3):  # Mixup, then CutMix
+    for step in (0, -(-37 // BATCH)):  # of the first epoch and the second
         group = replace(group, size=size)
-        drawn = plan(there, step, group)
+        drawn = plan(there, step, group, BATCH)
+        assert drawn.mix == ("mixup" if group.mix == "alternate" and not step else "cutmix")
         ours = views(there, drawn, group, torch.float32)
         theirs = render(there, drawn, group)
         assert float((ours - theirs).abs().mean() * 255 * 0.226) <= 1
@@ -160,7 +162,7 @@ def test_pinned_pixels_of_the_host_give_the_same_bits() -> None:
     photos = store()
     near, far = place(photos, CUDA, "device"), place(photos, CUDA, "host")
     assert near.pixels.is_cuda and far.pixels.is_pinned() and far.device == near.device
-    drawn = plan(near, 1)
+    drawn = plan(near, 1, num=BATCH)
     ours, theirs = (views(each, drawn, GROUP, torch.bfloat16) for each in (near, far))
     assert torch.equal(ours, theirs)
 

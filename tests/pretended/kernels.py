@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from interpreted import quicken
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +80,7 @@ def interpret() -> None:
         run(Launch(executor, self), _launchable(args), kwargs)
 
     interpreter.InterpretedFunction.run = launch
+    quicken()
     round_as_a_gpu(interpreter)
 
 
