@@ -25,6 +25,7 @@ from fastidmm.store import Store
 from fastidmm.watch import Watch
 
 MEMORY_OF_STRIKES = 100  # steps
+HEARD = b" stopping once this step is made and kept; asked again, at once.\n"
 
 
 def train(record: Record) -> dict[str, float]:
@@ -41,7 +42,7 @@ def train(record: Record) -> dict[str, float]:
         with (
             record.locked(),
             told(record),
-            stoppable(among_ranks=world().size > 1) as stop,
+            stoppable(among_ranks=world().size > 1, heard=HEARD) as stop,
         ):
             parts = assemble(record)
             restore(parts)

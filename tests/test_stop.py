@@ -178,3 +178,42 @@ def test_a_process_begun_unheard_outlives_them() -> None:
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+ON_A_TERMINAL = [
+    sys.executable, "-m", "fastidmm", "pretrain", "--dataset", "toy", "--backbone", "vit_micro",
+    "--resolution", "16", "--batch-size", "8", "--epochs", "900", "--run", "run", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@FORKS
+def test_at_a_terminal_a_signal_is_answered_and_one_that_closes_is_no_error(
+    toy: str, closes: bool
+) -> None:
+    """The answer comes before the step's end; who closes the window keeps the step and 75."""
+    ours, its = os.openpty()
+    with subprocess.Popen(ON_A_TERMINAL, stdin=its, stdout=its, stderr=its) as child:
+        os.close(its)
+        said = b""
+        while b"images/s" not in said and (part := _read(ours)):
+            said += part
+        if closes:
+            os.close(ours)
+        child.send_signal(signal.SIGHUP if closes else signal.SIGINT)
+        while not closes and (part := _read(ours)):
+            said += part
+    assert child.returncode == 75
+    assert Record(RUN).steps == len(lines(RUN)) >= 1
+    if not closes:
+        os.close(ours)
+        answered, kept = said.index(b" stopping once this step"), said.index(b"stopped at step")
+        assert answered < kept
+
+
+def _read(terminal: int) -> bytes:
+    """What is written to it; nothing once nobody has it open any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
