@@ -7,7 +7,7 @@ from typing import Any
 
 from fastidmm.bench import figures, page
 from fastidmm.errors import UsageError
-from fastidmm.terminal import show
+from fastidmm.terminal import show, written_out
 
 STDOUT = Path("-")
 
@@ -53,7 +53,7 @@ def write(path: Path, text: str) -> None:
     """Write a file beside its place, and put it there whole."""
     aside = _aside(path)
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(written_out(text), encoding="utf-8")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
 from fastidmm.norms import check_norms, share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
+from fastidmm.places import readable
 from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
 from fastidmm.ranks import world
@@ -266,6 +267,7 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     source = start_of(folder, recipe.run.init)
     if source is None:
         return "random weights"
+    readable(source, "run.init")
     if not source.is_dir():
         raise UsageError(
             f"run.init names {source}, which is not there: name a checkpoint's folder as seen from "
