@@ -7,6 +7,7 @@ from typing import Any
 
 from fastidmm.bench import figures, page
 from fastidmm.errors import UsageError
+from fastidmm.preparing.files import write_whole
 from fastidmm.terminal import show, written_out
 
 STDOUT = Path("-")
@@ -32,17 +33,16 @@ def check(**files: Path | None) -> None:
 def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | None) -> None:
     """Print a result, or several under "subjects", and write it to the files asked for.
 
-    With `--json -` the JSON alone is printed.
+    With `--json -` the JSON alone is printed. Printed first: a disk that is full by now costs no
+    measurement.
     """
     told = json.dumps(found, indent=2)
+    alone = json_file == STDOUT
+    show(told if alone else "\n\n".join(map(figures.text, page.subjects(found))))
     if html_file is not None:
         write(html_file, page.html(found))
-    if json_file == STDOUT:
-        show(told)
-        return
-    if json_file is not None:
+    if json_file is not None and not alone:
         write(json_file, told + "\n")
-    show("\n\n".join(map(figures.text, page.subjects(found))))
 
 
 def _aside(path: Path) -> Path:
@@ -51,9 +51,4 @@ def _aside(path: Path) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Write a file beside its place, and put it there whole."""
-    aside = _aside(path)
-    try:
-        aside.write_text(written_out(text), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, written_out(text))

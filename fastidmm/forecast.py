@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastidmm.preparing.files import naming, write_whole
+from fastidmm.preparing.files import write_whole
 from fastidmm.progress import Clock, say
 
 FORECAST = "forecast.json"
@@ -241,9 +241,7 @@ class Outlook:
 
 def keep(folder: Path, told: dict[str, float]) -> None:
     """Leave in a stage's folder what it had forecast, and what came of it."""
-    path = folder / FORECAST
-    with naming(path):
-        write_whole(path, json.dumps(told))
+    write_whole(folder / FORECAST, json.dumps(told))
 
 
 def kept(folder: Path) -> dict[str, float]:

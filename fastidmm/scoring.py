@@ -14,7 +14,7 @@ from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
-from fastidmm.preparing.files import naming, write_whole
+from fastidmm.preparing.files import write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
 from fastidmm.record import RECIPE, Record, newest_weights, stages
@@ -69,8 +69,7 @@ def evaluate(run: Path, device: str | None = None) -> dict[str, Any]:
         "scores": scores,
         "evaluations": before + 1,
     }
-    with naming(run / EVALUATION):
-        write_whole(run / EVALUATION, json.dumps(found))
+    write_whole(run / EVALUATION, json.dumps(found))
     return found
 
 

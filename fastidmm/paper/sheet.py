@@ -1,7 +1,6 @@
 """What came of a table: the paper's numbers and ours side by side, as Markdown and JSON."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -11,6 +10,7 @@ from fastidmm import seeds
 from fastidmm.evaluate import Score, differ
 from fastidmm.paper.protocol import WHOLE, Cut
 from fastidmm.paper.published import TITLES, Cell
+from fastidmm.preparing.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +142,7 @@ class Sheet:
         """As `NAME.md` and `NAME.json` in ./runs, each whole or as it was before."""
         Path("runs").mkdir(exist_ok=True)
         for kind, text in (("md", self.markdown()), ("json", json.dumps(self.as_dict(), indent=2))):
-            final = Path("runs") / f"{self.name}.{kind}"
-            aside = final.with_name(f".{final.name}.{os.getpid()}")
-            aside.write_text(text)
-            aside.replace(final)
+            write_whole(Path("runs") / f"{self.name}.{kind}", text)
 
 
 def _texts(row: Row) -> list[str]:

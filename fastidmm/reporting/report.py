@@ -1,7 +1,6 @@
 """A run as one page: what pretraining did, the curves, the pictures, how to repeat it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fastidmm.errors import UsageError
 from fastidmm.forecast import spell
+from fastidmm.preparing.files import write_whole
 from fastidmm.record import RECIPE, Record, stages
 from fastidmm.registry import find
 from fastidmm.reporting.beside import others, taken
@@ -90,14 +90,8 @@ class Page:
 
 def write(run: Path) -> Path:
     """Write a run's `report.html`, complete in itself; returns its path."""
-    page = Page(run).text()
-    final, aside = run / REPORT, run / f".{REPORT}.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(final)
-    finally:
-        aside.unlink(missing_ok=True)
-    return final
+    write_whole(run / REPORT, Page(run).text())
+    return run / REPORT
 
 
 def remaining(run: Path) -> list[str]:
