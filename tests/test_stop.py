@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import stop
-from toy_runs import RUN, recipe
+from toy_runs import RUN, Killed, kill_before_update, recipe
 
+import fastidmm.record
 from fastidmm import evaluate, stages
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import Interrupted, UsageError
@@ -217,3 +218,23 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:
         return b""
+
+
+def test_a_run_that_goes_on_with_other_threads_says_what_that_means(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing where all is as it was."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 4)
+        stages.pretrain(recipe(), "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fastidmm.record, "cpu_threads", lambda: 99)
+        kill_before_update(patch, 4)
+        stages.resume(RUN)
+    threads = Record(RUN).environment()["threads"]
+    told = capsys.readouterr().err
+    assert (
+        told.count(f"threads {threads} is 99 today: the run goes on to the same numbers but") == 1
+    )
+    stages.resume(RUN)
+    assert Record(RUN).finished and "today" not in capsys.readouterr().err
