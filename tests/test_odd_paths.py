@@ -1,6 +1,7 @@
 """Paths that are no UTF-8: refused before anything is made, or written to all the same."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +61,19 @@ def test_features_and_measurements_are_written_there(typed: Type, run: Path) -> 
     found["surroundings"]["command"] = f"bench --html {page}"
     answers.tell(found, json_file=None, html_file=page)
     assert SHOWN in page.read_text()
+
+
+CHECKPOINT = "run/checkpoints/step_000000003"
+
+
+@pytest.mark.parametrize("init", ["../run", "runs/run", f"runs/{CHECKPOINT}", "run"])
+def test_a_start_that_is_no_checkpoint_is_told_the_one_it_may_mean(
+    typed: Type, run: Path, init: str
+) -> None:
+    status, _, err = typed("pretrain", *TINY, "--run", "new", "--init", init)
+    assert status == 2 and f"run.init names {os.path.normpath(f'runs/new/{init}')}," in sentence(
+        err
+    )
+    told = re.search(r": name (\S+) as seen from runs/new, or", sentence(err))
+    assert told and typed("pretrain", *TINY, "--run", "new", "--init", told[1])[0] == 0
+    assert told[1] == f"../{CHECKPOINT}"
