@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from types import FrameType
 from fastidmm.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SOON = 0.05  # seconds
 STOPPED = (
     b"fastidmm: stopped; `fastidmm resume` goes on with a run that has begun, the same command "
     b"begins all else anew.\n"
@@ -36,6 +38,19 @@ def heed() -> None:
 
     For whatever is not `stoppable`: imports, lists, reports. All that is written bears it.
     """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(Interrupted.status)
+
+    def lost(told: "sys.UnraisableHookArgs") -> None:
+        if isinstance(told.exc_value, SystemExit):
+            # Raised in what C had called, which drops it: once more when that has returned.
+            signal.signal(signal.SIGALRM, leave)
+            signal.setitimer(signal.ITIMER_REAL, SOON)
+        else:
+            before(told)
+
+    before, sys.unraisablehook = sys.unraisablehook, lost
 
     def end(number: int, frame: FrameType | None) -> None:
         _usual_effect()

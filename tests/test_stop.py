@@ -16,7 +16,7 @@ import fastidmm.record
 from fastidmm import evaluate, stages
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import Interrupted, UsageError
-from fastidmm.interrupt import SIGNALS, stoppable, unheard
+from fastidmm.interrupt import SIGNALS, STOPPED, stoppable, unheard
 from fastidmm.methods.idmm import IDMM
 from fastidmm.record import Record
 
@@ -238,3 +238,26 @@ def test_a_run_that_goes_on_with_other_threads_says_what_that_means(
     )
     stages.resume(RUN)
     assert Record(RUN).finished and "today" not in capsys.readouterr().err
+
+
+CALLED_BY_C = """
+import ctypes, os, signal, time
+from fastidmm.interrupt import heed
+
+heed()
+
+@ctypes.CFUNCTYPE(None)
+def called():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+called()
+time.sleep(30)
+"""
+
+
+def test_a_signal_heard_in_what_c_has_called_stops_the_command_all_the_same() -> None:
+    """As a compiler's notice, in which an exception is dropped."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALLED_BY_C], capture_output=True, check=False, timeout=25
+    )
+    assert (done.returncode, done.stderr) == (75, STOPPED)
