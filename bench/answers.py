@@ -8,7 +8,7 @@ from typing import Any
 from fastidmm.bench import figures, page
 from fastidmm.errors import UsageError
 from fastidmm.preparing.files import write_whole
-from fastidmm.terminal import show
+from fastidmm.terminal import show, written_out
 
 STDOUT = Path("-")
 
@@ -33,14 +33,13 @@ def check(**files: Path | None) -> None:
 def tell(found: dict[str, Any], *, json_file: Path | None, html_file: Path | None) -> None:
     """Print a result, or several under "subjects", and write it to the files asked for.
 
-    With `--json -` the JSON alone is printed.
+    With `--json -` the JSON alone is printed. Printed first: a disk that is full by now costs no
+    measurement.
     """
     told = json.dumps(found, indent=2)
+    alone = json_file == STDOUT
+    show(told if alone else "\n\n".join(map(figures.text, page.subjects(found))))
     if html_file is not None:
-        write_whole(html_file, page.html(found))
-    if json_file == STDOUT:
-        show(told)
-        return
-    if json_file is not None:
+        write_whole(html_file, written_out(page.html(found)))
+    if json_file is not None and not alone:
         write_whole(json_file, told + "\n")
-    show("\n\n".join(map(figures.text, page.subjects(found))))

@@ -1,5 +1,6 @@
 """What a recipe becomes: the store, the method, the loader and the optimizer, on the device."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastidmm.loaders.planned import Planned
 from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
 from fastidmm.norms import check_norms, share_norms
 from fastidmm.optim import Scaler, Schedule, lr_schedule, optimizer_over
+from fastidmm.places import readable
 from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
 from fastidmm.ranks import world
@@ -267,10 +269,13 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
     source = start_of(folder, recipe.run.init)
     if source is None:
         return "random weights"
-    if not source.is_dir():
+    readable(source, "run.init")
+    if not (source / checkpoint.STATE).is_file():
+        why = "is no checkpoint" if source.exists() else "is not there"
+        name = _meant(source, recipe.run.init, folder) or "a checkpoint's folder"
         raise UsageError(
-            f"run.init names {source}, which is not there: name a checkpoint's folder as seen from "
-            f"{folder}, or leave it out."
+            f"run.init names {source}, which {why}: name {name} as seen from {folder}, or leave it "
+            "out."
         )
     if recipe.run.init_head:
         (state,), _ = checkpoint.load(source, checkpoint.MODEL)
@@ -280,6 +285,19 @@ def initialise(method: Method, folder: Path, recipe: Recipe) -> str:
         loaded += ", head new"
         method.begin()
     return f"{loaded}: from {source.parent.parent}"
+
+
+def _meant(source: Path, init: str, folder: Path) -> str:
+    """A checkpoint as seen from `folder` that another reading of `init` gives; "" without any.
+
+    A run's folder instead of its checkpoint's, a run's name, or a path as seen from here.
+    """
+    for place in (source, Path(init), Path("runs") / init):
+        kept = [place, *reversed(checkpoint.found(place / "checkpoints"))]
+        for path in kept:
+            if (path / checkpoint.STATE).is_file():
+                return os.path.relpath(path, folder)
+    return ""
 
 
 def _load_published(method: Method, name: str) -> str:

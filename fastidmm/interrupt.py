@@ -2,14 +2,16 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from fastidmm.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SOON = 0.05  # seconds
 STOPPED = (
     b"fastidmm: stopped; `fastidmm resume` goes on with a run that has begun, the same command "
     b"begins all else anew.\n"
@@ -37,11 +39,24 @@ def heed() -> None:
     For whatever is not `stoppable`: imports, lists, reports. All that is written bears it.
     """
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(Interrupted.status)
+
+    def lost(told: "sys.UnraisableHookArgs") -> None:
+        if isinstance(told.exc_value, SystemExit):
+            # Raised in what C had called, which drops it: once more when that has returned.
+            signal.signal(signal.SIGALRM, leave)
+            signal.setitimer(signal.ITIMER_REAL, SOON)
+        else:
+            before(told)
+
+    before, sys.unraisablehook = sys.unraisablehook, lost
+
     def end(number: int, frame: FrameType | None) -> None:
         _usual_effect()
         # Of several ranks one speaks: launchers end them all.
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, STOPPED)  # print may be what was interrupted
+            _say(STOPPED)
         raise SystemExit(Interrupted.status)
 
     for number in _heeded():
@@ -49,9 +64,10 @@ def heed() -> None:
 
 
 @contextmanager
-def stoppable(*, among_ranks: bool = False) -> Iterator[Stop]:
+def stoppable(*, among_ranks: bool = False, heard: bytes = b"") -> Iterator[Stop]:
     """Catch SIGINT, SIGTERM and SIGHUP once; a second one ends the process at once.
 
+    Whoever asks at a terminal is told `heard`: without an answer people ask twice.
     Among ranks it does not, nor does one that comes once they have agreed to stop: launchers send
     one to every rank as soon as any has ended.
     """
@@ -65,6 +81,8 @@ def stoppable(*, among_ranks: bool = False) -> Iterator[Stop]:
         stop.requested = True
         if not among_ranks:
             _usual_effect()
+            if heard and os.isatty(2):
+                _say(heard)
 
     for number in before:
         signal.signal(number, ask)
@@ -86,6 +104,12 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say(message: bytes) -> None:
+    """Past print, which may be what was interrupted; the terminal may be what is gone."""
+    with suppress(OSError):
+        os.write(2, message)
 
 
 def _heeded() -> list[signal.Signals]:

@@ -15,7 +15,20 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def home() -> Path:
     """Where prepared data lives: `FASTIDMM_HOME`, or a folder in the user's home."""
-    return Path(os.environ.get("FASTIDMM_HOME", "~/.local/share/fastidmm")).expanduser()
+    told = Path(os.environ.get("FASTIDMM_HOME", "~/.local/share/fastidmm")).expanduser()
+    return readable(told, "FASTIDMM_HOME")
+
+
+def readable(path: Path, what: str) -> Path:
+    """The path, which `what` named, unless safetensors could not open weights or pixels there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{what} {path} is not UTF-8, and nothing in it could be read again: rename that "
+            "folder, or name another."
+        ) from None
+    return path
 
 
 def check_name(name: str, kind: str) -> str:

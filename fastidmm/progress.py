@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import quantiles
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 from fastidmm.batch import Batch
+from fastidmm.terminal import Remarks, show
 from fastidmm.terminal import line as one_line
-from fastidmm.terminal import show
 from fastidmm.watch import Watch
 
 SHOWN = (
@@ -80,8 +80,9 @@ class Block:
         from rich.console import Console  # not before the end of --help
         from rich.live import Live
 
+        remarks = cast(IO[str], Remarks())
         # What is printed meanwhile appears above.
-        self.live = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
+        self.live = Live(console=Console(file=remarks), auto_refresh=False, redirect_stdout=False)
         self.begun = False
 
     def show(self, done: float, where: str, figures: str) -> None:

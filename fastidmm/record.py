@@ -27,6 +27,7 @@ import fastidmm
 from fastidmm import checkpoint, lock
 from fastidmm.errors import DataError, UsageError, did_you_mean
 from fastidmm.machine import cpu_threads, device_of, name_of
+from fastidmm.places import readable
 from fastidmm.plan import num_steps
 from fastidmm.preparing.files import naming
 from fastidmm.progress import say
@@ -338,7 +339,9 @@ def _abandoned(path: Path) -> bool:
 
 def run_folder(name: str) -> Path:
     """The folder of a run: `./runs/NAME`, or the path itself where it holds a slash."""
-    return Path(name) if os.sep in name else Path("runs") / check_name(name, "run")
+    if os.sep in name:
+        return readable(Path(name), "the run's folder")
+    return Path("runs") / check_name(name, "run")
 
 
 def is_stage(folder: Path) -> bool:

@@ -19,12 +19,14 @@ from fastidmm.logs import told
 from fastidmm.progress import Clock, Progress, say
 from fastidmm.quality import alignment, rankme, retrieval, spread, two_crops, uniformity
 from fastidmm.ranks import world
-from fastidmm.record import Record, plain
+from fastidmm.record import Record, environment, plain
 from fastidmm.step import Stepped
 from fastidmm.store import Store
 from fastidmm.watch import Watch
 
+SURROUNDINGS = ("fastidmm", "torch", "python", "machine", "device", "threads")
 MEMORY_OF_STRIKES = 100  # steps
+HEARD = b" stopping once this step is made and kept; asked again, at once.\n"
 
 
 def train(record: Record) -> dict[str, float]:
@@ -41,7 +43,7 @@ def train(record: Record) -> dict[str, float]:
         with (
             record.locked(),
             told(record),
-            stoppable(among_ranks=world().size > 1) as stop,
+            stoppable(among_ranks=world().size > 1, heard=HEARD) as stop,
         ):
             parts = assemble(record)
             restore(parts)
@@ -258,8 +260,17 @@ def restore(parts: Parts) -> None:
     kept = checkpoint.beside(path) if path else {}
     if path is not None:
         take_up(parts, *checkpoint.load(path, checkpoint.MODEL, checkpoint.OPTIMIZER))
+        if (changed := changes(parts)) and world().first:
+            say(f"{changed}: the run goes on to the same numbers but for rounding, not to the bit.")
     parts.record.cut(parts.state.step, kept)
     world().meet()  # before the first rank writes any more, all have read
+
+
+def changes(parts: Parts) -> str:
+    """What numbers are rounded by, and is not what the run began with, in words."""
+    began, today = parts.record.environment(), environment(parts.store, parts.store.device)
+    changed = (key for key in SURROUNDINGS if began.get(key) != today[key])
+    return " and ".join(f"{key} {began.get(key)} is {today[key]} today" for key in changed)
 
 
 def take_up(parts: Parts, tensors: list[dict[str, Tensor]], values: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Try a few steps of every stage of a run, and forecast each: all of it in a folder soon gone."""
 
 import gc
+import shutil
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
 from fastidmm.evaluate import linear_probe, outputs
 from fastidmm.forecast import Costs, Course, Forecast, spell
+from fastidmm.lock import LOCK, locked, running
 from fastidmm.machine import device_of, peak_memory, synchronize
 from fastidmm.plan import mix_of
 from fastidmm.progress import Clock, say
@@ -100,10 +102,8 @@ def forecasts(recipe: Recipe) -> list[Forecast]:
             f"each stage is tried for {SECONDS:.0f} s or {WARM_UP + FEWEST} steps, whichever takes "
             "longer: minutes where the backbone is large for a CPU"
         )
-    # Where the run will be, so that a checkpoint is written to the same disk.
-    place = Path("runs") if Path("runs").is_dir() else Path()
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as work:
-        folder = Path(work) / "run"
+    with soon_gone(".plan-") as work:
+        folder = work / "run"
         first = tried(folder, recipe)
         found = [_told(first.forecast("pretrain"))]
         if alone:
@@ -123,6 +123,20 @@ def forecasts(recipe: Recipe) -> list[Forecast]:
             found.append(_told(high.forecast(f"finetune-{recipe.finetune_high.resolution}")))
             looks.append((high.look, 1))
         return [*found, evaluation(recipe, first, looks, found)]
+
+
+@contextmanager
+def soon_gone(prefix: str) -> Iterator[Path]:
+    """A folder where the run will be, so that a checkpoint is written to the same disk.
+
+    Gone at the end, and with it what those that were killed have left.
+    """
+    place = Path("runs") if Path("runs").is_dir() else Path()
+    for left in place.glob(f"{prefix}*"):
+        if (left / LOCK).exists() and not running(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as work, locked(Path(work)):
+        yield Path(work)
 
 
 def _told(found: Forecast) -> Forecast:

@@ -15,15 +15,14 @@ from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, assemble, training_rows
 from fastidmm.errors import FastidmmError, NumericalError, OutOfMemoryError, UsageError
 from fastidmm.progress import say
-from fastidmm.record import Record, environment, plain, stages
+from fastidmm.record import Record, plain, stages
 from fastidmm.step import step
-from fastidmm.train import take_up
+from fastidmm.train import changes, take_up
 
 Tables = list[dict[str, Tensor]]  # the model's and the optimizer's
 FILES = checkpoint.MODEL, checkpoint.OPTIMIZER
 # How near losses are to those of several ranks, whose sums round otherwise.
 NEAR = 1e-3
-SURROUNDINGS = ("fastidmm", "torch", "python", "machine", "device", "threads")
 
 
 class NothingToCompare(UsageError):
@@ -261,17 +260,13 @@ def _same(tensor: Tensor | None, other: Tensor | None) -> bool:
 
 def reason(parts: Parts, kept: Evidence) -> str:
     """What a difference likely comes from."""
-    device = parts.store.device
-    began, today = parts.record.environment(), environment(parts.store, device)
-    changed = [
-        f"{key} {began.get(key)} is {today[key]} today"
-        for key in SURROUNDINGS
-        if began.get(key) != today[key]
-    ]
-    if changed:
-        return f"likely since {' and '.join(changed)}"
-    if device.type == "cuda" and not parts.recipe.run.exact:
+    if changed := changes(parts):
+        return f"likely since {changed}"
+    if parts.store.device.type == "cuda" and not parts.recipe.run.exact:
         return "on a GPU the same bits are promised with --exact alone"
     if kept.cut_anew:
         return "likely since memory became short on the way, and batches were cut smaller"
-    return "the environment is the one it began with: a file or the code changed, or the CPU's kind"
+    return (
+        "the environment is the one it began with: a file or the code changed, the CPU's kind, or "
+        "it was resumed in another"
+    )

@@ -156,7 +156,13 @@ def test_links_out_of_the_folder_are_named_and_left_out(tmp_path: Path) -> None:
         ([], "gone", UsageError, "there is no folder"),
         (["a.jpg"], "a.jpg", UsageError, "is a file: --from takes a folder or a .csv"),
         ([], ".", DataError, "holds no images"),
-        (["a.txt"], ".", DataError, "holds no images"),
+        (["a.txt"], ".", DataError, r"holds no images but a.txt \(.txt is not read\): give"),
+        (
+            ["p/1.heic", "p/2.HEIC", "p/3.heic", "p/4.heic"],
+            ".",
+            DataError,
+            r"images but p/1.heic \(.heic is not read\), p/2.HEIC .*, p/3.heic .*, \.\.\.: .* JPEG",
+        ),
         (["train/a/1.jpg", "test/new/2.jpg"], ".", DataError, "train has not: new;"),
     ],
 )

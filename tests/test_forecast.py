@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +34,7 @@ from fastidmm.forecast import (
     spell,
     total,
 )
+from fastidmm.lock import LOCK
 from fastidmm.methods.idmm import IDMM
 from fastidmm.progress import Clock
 from fastidmm.recipe import Recipe
@@ -233,6 +237,24 @@ def test_plan_forecasts_every_stage_and_leaves_nothing(typed: Type, toy: str, br
     assert found["total"]["seconds"] == pytest.approx(
         sum(row["seconds"] for row in rows.values()), abs=0.05
     )
+
+
+def test_what_a_killed_trial_has_left_is_removed_by_the_next(home: Path) -> None:
+    """But not what one that still goes on has made."""
+    for name in ("dead", "alive"):
+        Path("runs", f".plan-{name}").mkdir(parents=True)
+        Path("runs", f".plan-{name}", LOCK).touch()
+    holds = (
+        "import fcntl; held = open('runs/.plan-alive/.lock', 'w'); "
+        "fcntl.lockf(held, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", holds], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with trial.soon_gone(".plan-") as work:
+            assert sorted(os.listdir("runs")) == sorted([work.name, ".plan-alive"])
+        assert os.listdir("runs") == [".plan-alive"]
+        other.communicate(b"\n")
 
 
 def test_plan_of_photographs_without_labels(typed: Type, bare: str, brief: None) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import stop
-from toy_runs import RUN, recipe
+from toy_runs import RUN, Killed, kill_before_update, recipe
 
+import fastidmm.record
 from fastidmm import evaluate, stages
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import Interrupted, UsageError
-from fastidmm.interrupt import SIGNALS, stoppable, unheard
+from fastidmm.interrupt import SIGNALS, STOPPED, stoppable, unheard
 from fastidmm.methods.idmm import IDMM
 from fastidmm.record import Record
 
@@ -178,3 +179,85 @@ def test_a_process_begun_unheard_outlives_them() -> None:
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+ON_A_TERMINAL = [
+    sys.executable, "-m", "fastidmm", "pretrain", "--dataset", "toy", "--backbone", "vit_micro",
+    "--resolution", "16", "--batch-size", "8", "--epochs", "900", "--run", "run", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@FORKS
+def test_at_a_terminal_a_signal_is_answered_and_one_that_closes_is_no_error(
+    toy: str, closes: bool
+) -> None:
+    """The answer comes before the step's end; who closes the window keeps the step and 75."""
+    ours, its = os.openpty()
+    with subprocess.Popen(ON_A_TERMINAL, stdin=its, stdout=its, stderr=its) as child:
+        os.close(its)
+        said = b""
+        while b"images/s" not in said and (part := _read(ours)):
+            said += part
+        if closes:
+            os.close(ours)
+        child.send_signal(signal.SIGHUP if closes else signal.SIGINT)
+        while not closes and (part := _read(ours)):
+            said += part
+    assert child.returncode == 75
+    assert Record(RUN).steps == len(lines(RUN)) >= 1
+    if not closes:
+        os.close(ours)
+        answered, kept = said.index(b" stopping once this step"), said.index(b"stopped at step")
+        assert answered < kept
+
+
+def _read(terminal: int) -> bytes:
+    """What is written to it; nothing once nobody has it open any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+def test_a_run_that_goes_on_with_other_threads_says_what_that_means(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing where all is as it was."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_update(patch, 4)
+        stages.pretrain(recipe(), "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fastidmm.record, "cpu_threads", lambda: 99)
+        kill_before_update(patch, 4)
+        stages.resume(RUN)
+    threads = Record(RUN).environment()["threads"]
+    told = capsys.readouterr().err
+    assert (
+        told.count(f"threads {threads} is 99 today: the run goes on to the same numbers but") == 1
+    )
+    stages.resume(RUN)
+    assert Record(RUN).finished and "today" not in capsys.readouterr().err
+
+
+CALLED_BY_C = """
+import ctypes, os, signal, time
+from fastidmm.interrupt import heed
+
+heed()
+
+@ctypes.CFUNCTYPE(None)
+def called():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+called()
+time.sleep(30)
+"""
+
+
+def test_a_signal_heard_in_what_c_has_called_stops_the_command_all_the_same() -> None:
+    """As a compiler's notice, in which an exception is dropped."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALLED_BY_C], capture_output=True, check=False, timeout=25
+    )
+    assert (done.returncode, done.stderr) == (75, STOPPED)

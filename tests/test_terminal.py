@@ -1,9 +1,12 @@
 """What is printed: names of files and classes cannot control the terminal they are shown on."""
 
 import ast
+import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from test_cli import MakePhotos, Type, sentence
 from test_cli import typed as typed
 
 from fastidmm import compare, runs, scoring
-from fastidmm.progress import say
+from fastidmm.preparing.watching import watching
+from fastidmm.progress import Progress, say
+from fastidmm.record import Record
 from fastidmm.terminal import line, printable, safe, show
+from fastidmm.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 EVIL = "new\nline\x1b[31m\r\x9b2J\x7f"
@@ -128,3 +134,56 @@ def test_what_is_being_embedded_is_told_in_a_line(
         watch(1)
     err = capsys.readouterr().err
     assert "\x1b[/c]" not in err and (wide or err.count("\n") == 1)
+
+
+class Refusing(io.StringIO):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_remarks_that_cannot_be_told_are_no_errors(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Refusing(number))
+    line = {"epoch": 1, "step": 8, "loss": 3.0, "images_per_second": 9.0, "data_wait": 0.0}
+    with Progress("run", Watch(None, 0), epochs=1, steps=8, done=0) as progress:
+        progress.show(line)
+        say("no one hears this")
+    with watching("reading", 3, quiet=False) as watch:
+        watch(3)
+
+
+def test_an_answer_that_nobody_reads_is_no_error_but_one_that_cannot_be_kept_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Refusing(errno.EPIPE))
+    show("answer")
+    monkeypatch.setattr(sys, "stdout", Refusing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        show("answer")
+
+
+PRETRAIN = "pretrain --dataset toy --backbone vit_micro --resolution 16 --batch-size 8 --epochs 9"
+
+
+@pytest.mark.parametrize("closed", ["2>&1 | true", "<&- 2>&-", "2>/dev/full"])
+def test_a_run_whose_stderr_leads_nowhere_is_finished(toy: str, closed: str) -> None:
+    """And none of it goes into a file that has the number of a stream that was closed."""
+    command = f'set -o pipefail; "$PYTHON" -m fastidmm {PRETRAIN} --run run --device cpu {closed}'
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "forecast" not in done.stdout
+    record = Record(Path("runs/run"))
+    assert record.finished and [line["step"] for line in record.metrics()] == list(range(1, 28))

@@ -22,6 +22,7 @@ from fastidmm.preparing.table import read
 from fastidmm.terminal import printable
 
 TRAIN_NAMES = ("train", "training")
+SOME = 3  # files to name where none can be read
 
 
 @dataclass(slots=True)
@@ -60,8 +61,11 @@ class Folder:
             return read(root, seed)
         listing = _walk(root)
         if not listing.images:
+            met = [f"{printable(file.file)} ({file.reason})" for file in listing.unusable]
+            found = ", ".join(met[:SOME]) + (", ..." if met[SOME:] else "")
             raise DataError(
-                f"{root} holds no images: give a folder of photographs ({', '.join(SUFFIXES)})."
+                f"{root} holds no images{f' but {found}' if met else ''}: give a folder of "
+                f"photographs ({', '.join(SUFFIXES)}), or save others as JPEG first."
             )
         tops = {path.parts[0] for path in listing.images if len(path.parts) > 1}
         train, test = _called(tops, TRAIN_NAMES), _called(tops, TEST_NAMES)

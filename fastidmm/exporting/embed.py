@@ -105,14 +105,13 @@ def _aside(out: Path) -> Iterator[BinaryIO]:
     make_room(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
+        # Around the file, which is refused what it still holds once more when it is closed.
         with naming(out):
-            file = aside.open("wb")
-        with file:
-            yield file
-            with naming(out):
+            with aside.open("wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-        put_in_place(aside, out)
+            put_in_place(aside, out)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -140,8 +139,7 @@ def embed(
                 features.append((functional.normalize(found) if normalise else found).cpu())
                 rows += named
                 watch(len(rows) + len(told.left_out))
-        with naming(out):
-            write(Table(torch.cat(features).numpy(), rows, told.class_names), file)
+        write(Table(torch.cat(features).numpy(), rows, told.class_names), file)
     return {
         "run": str(run),
         "checkpoint": str(record.result),

@@ -10,6 +10,7 @@ from fastidmm.errors import NumericalError, UsageError
 from fastidmm.exporting.card import card
 from fastidmm.exporting.formats import CONFIG, FORMS, check_installed, write
 from fastidmm.exporting.learnt import Learnt, learnt
+from fastidmm.places import readable
 from fastidmm.preparing.files import make_room, naming, sync
 from fastidmm.preparing.making import alone
 
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4  # of the largest output: other programs sum in another order
 def export(run: Path, to: str, out: Path) -> dict[str, Any]:
     """Write a run or a stage to the folder `out`, as what `to` says; what was written."""
     check_installed(to)
-    out = Path(os.path.abspath(out.expanduser()))
+    out = readable(Path(os.path.abspath(out.expanduser())), "--out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder: give --out another name.")
     if out.is_mount():

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from fastidmm.errors import UsageError
 from fastidmm.recipe import Recipe, Tables
-from fastidmm.trial import tried
+from fastidmm.trial import soon_gone, tried
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 FEWEST_EPOCHS = 1 / 50  # share of the protocol's: 16 of pretraining, 4 of fine-tuning
@@ -80,9 +78,8 @@ def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
 
 def measured(tables: Tables, *, epochs: int, images: int) -> Cost:
     """What a stage with these tables costs, by some of its steps, a look and a checkpoint."""
-    place = Path("runs") if Path("runs").is_dir() else Path()
-    with TemporaryDirectory(prefix=".trial-", dir=place) as work:
-        found = tried(Path(work) / "trial", Recipe.of(tables))
+    with soon_gone(".trial-") as work:
+        found = tried(work / "trial", Recipe.of(tables))
     costs = found.costs
     fixed = found.opening + found.warm_up + costs.knn + costs.score
     per_image = costs.full / found.course.batch

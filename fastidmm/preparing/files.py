@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastidmm.errors import UsageError
@@ -37,16 +37,19 @@ def digests(path: Path, kinds: Iterable[str]) -> dict[str, str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text so that it is never seen half-written; where it cannot be, all is as before."""
+    """Write a file so that it is never seen half-written; where that fails nothing is left."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with naming(path), aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         put_in_place(aside, path)
+    except OSError as problem:  # names none, or the one aside
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or refused as the file was
+            aside.unlink()
 
 
 def put_in_place(aside: Path, path: Path) -> None:

@@ -4,8 +4,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, cast
 
-from fastidmm.terminal import line, show
+from fastidmm.terminal import Remarks, line, show
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -29,6 +30,8 @@ def watching(doing: str, total: int, *, quiet: bool) -> Iterator[Callable[[int],
     from rich.markup import escape
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    remarks = cast(IO[str], Remarks())
+    with Progress(console=Console(file=remarks), transient=True) as progress:
+        progress.console.show_cursor()  # a killed command would leave none
         bar = progress.add_task(escape(doing), total=total)
         yield lambda num_done: progress.update(bar, completed=num_done)

@@ -90,9 +90,8 @@ class Page:
 
 def write(run: Path) -> Path:
     """Write a run's `report.html`, complete in itself; returns its path."""
-    path = run / REPORT
-    write_whole(path, Page(run).text())
-    return path
+    write_whole(run / REPORT, Page(run).text())
+    return run / REPORT
 
 
 def remaining(run: Path) -> list[str]:
