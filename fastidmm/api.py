@@ -23,11 +23,12 @@ from fastidmm.chance import Counters
 from fastidmm.errors import UsageError
 from fastidmm.exporting.learnt import head_of
 from fastidmm.exporting.pictures import looked_at
+from fastidmm.folders import existing_run
+from fastidmm.folders import stages as stages_of
 from fastidmm.options import recipe_of, recipe_settings
 from fastidmm.preparing.prepare import prepare as prepare_source
 from fastidmm.preparing.summary import Summary
-from fastidmm.record import Record, encoder_weights, existing_run
-from fastidmm.record import stages as stages_of
+from fastidmm.record import Record, encoder_weights
 from fastidmm.registry import find
 from fastidmm.reporting.report import write
 

@@ -14,6 +14,7 @@ from fastidmm.backbones.build import Encoder, backbone, build_encoder, load_weig
 from fastidmm.batch import Method
 from fastidmm.chance import Counters, Use
 from fastidmm.errors import DataError, OutOfMemoryError, UsageError
+from fastidmm.folders import PUBLISHED, start_of
 from fastidmm.loaders.memory import within_reach
 from fastidmm.loaders.planned import Planned
 from fastidmm.machine import available_memory, dtype_of, peak_memory, set_up
@@ -24,7 +25,7 @@ from fastidmm.preparing.weights import cached_weights
 from fastidmm.progress import say
 from fastidmm.ranks import world
 from fastidmm.recipe import Recipe
-from fastidmm.record import PUBLISHED, Record, encoder_weights, start_of
+from fastidmm.record import Record, encoder_weights
 from fastidmm.registry import find
 from fastidmm.store import Store, folder_of, has_split, open_store, stratified
 

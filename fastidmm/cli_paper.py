@@ -45,7 +45,7 @@ def compare(
     Example: fastidmm compare one other
     """
     from fastidmm import compare as comparing
-    from fastidmm.record import existing_run
+    from fastidmm.folders import existing_run
 
     found = comparing.compare([existing_run(name) for name in runs])
     answer(found, as_json, lambda: comparing.as_text(found))

@@ -35,7 +35,7 @@ def show(
     Example: fastidmm runs show mine
     """
     from fastidmm import runs
-    from fastidmm.record import existing_run
+    from fastidmm.folders import existing_run
 
     found = runs.shown(existing_run(name))
     lines = [line(f"{key}: {value}") for told in found for key, value in (*told.items(), ("", ""))]
@@ -68,7 +68,7 @@ def diff(
     Example: fastidmm runs diff one other
     """
     from fastidmm import runs
-    from fastidmm.record import existing_run
+    from fastidmm.folders import existing_run
 
     found = runs.apart(existing_run(one), existing_run(other))
     answer(found, as_json, lambda: runs.as_lines(found))

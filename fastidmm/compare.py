@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from fastidmm import seeds
 from fastidmm.errors import UsageError
 from fastidmm.evaluate import Score
-from fastidmm.record import RECIPE, Record, is_stage, stages
+from fastidmm.folders import RECIPE, is_stage, stages
+from fastidmm.record import Record
 from fastidmm.reporting.claims import (
     FINETUNED,
     Arm,

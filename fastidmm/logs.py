@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastidmm.errors import UsageError
+from fastidmm.folders import is_stage
 from fastidmm.interrupt import unheard
 from fastidmm.ranks import world
-from fastidmm.record import Record, is_stage
+from fastidmm.record import Record
 
 Tell = Callable[[int, dict[str, float]], None]  # a step, and numbers by name
 

@@ -154,7 +154,7 @@ def recipe_of(
 
 def chosen_run(named: str | None, run: str | None) -> Path:
     """The run named by an argument or by --run, or the newest, said so."""
-    from fastidmm.record import existing_run
+    from fastidmm.folders import existing_run
 
     if named and run and named != run:
         raise UsageError(f"RUN and --run mean the same, and name {named} and {run}: give one.")

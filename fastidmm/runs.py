@@ -5,9 +5,10 @@ from typing import Any
 
 from fastidmm.compare import Compared
 from fastidmm.errors import FastidmmError, UsageError
+from fastidmm.folders import all_runs, stages
 from fastidmm.progress import LABEL_FREE
 from fastidmm.recipe import Recipe
-from fastidmm.record import Record, all_runs, stages
+from fastidmm.record import Record
 from fastidmm.stages import summary
 from fastidmm.terminal import line
 

@@ -12,12 +12,13 @@ from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import Score, knn, linear_probe, measured, outputs
+from fastidmm.folders import is_stage, stages
 from fastidmm.loaders.memory import within_reach
 from fastidmm.machine import dtype_of, set_up
 from fastidmm.preparing.files import write_whole
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import Record, encoder_weights, is_stage, stages
+from fastidmm.record import Record, encoder_weights
 from fastidmm.reporting.claims import ARMS, FINETUNED, FROZEN
 from fastidmm.store import Store, folder_of, has_split, open_store
 from fastidmm.terminal import printable

@@ -26,22 +26,14 @@ from fastidmm.batch import Options
 from fastidmm.chance import Counters
 from fastidmm.errors import DataError, Followed, UsageError
 from fastidmm.evaluate import Score
+from fastidmm.folders import RECIPE, SCRATCH, free_folder, is_stage, numbered, run_folder, stages
 from fastidmm.loaders.choose import settled
 from fastidmm.machine import device_of
 from fastidmm.progress import LABEL_FREE, SHOWN, say
 from fastidmm.quality import rising
 from fastidmm.ranks import launched, restarts, world
 from fastidmm.recipe import FinetuneHighOptions, Recipe, Tables, with_settings
-from fastidmm.record import (
-    RECIPE,
-    SCRATCH,
-    Record,
-    free_folder,
-    is_stage,
-    numbered,
-    run_folder,
-    stages,
-)
+from fastidmm.record import Record
 from fastidmm.registry import find
 from fastidmm.scoring import best
 from fastidmm.store import folder_of, has_split, open_store

@@ -14,8 +14,9 @@ from torch import Tensor
 from fastidmm import checkpoint
 from fastidmm.assemble import Cadence, Parts, assemble, training_rows
 from fastidmm.errors import FastidmmError, NumericalError, OutOfMemoryError, UsageError
+from fastidmm.folders import stages
 from fastidmm.progress import say
-from fastidmm.record import Record, plain, stages
+from fastidmm.record import Record, plain
 from fastidmm.step import step
 from fastidmm.train import changes, take_up
 

@@ -14,8 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 import fastidmm
-from fastidmm import assemble, checkpoint, cli, record
+from fastidmm import assemble, checkpoint, cli
 from fastidmm.errors import UsageError
+from fastidmm.folders import existing_run, is_stage
 
 Type = Callable[..., tuple[int, str, str]]
 TINY = ["--backbone", "vit_micro", "--epochs", "1", "--batch-size", "8", "--resolution", "16"]
@@ -298,17 +299,17 @@ def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.Mon
         Path(folder).mkdir(parents=True)
         Path(folder, "recipe.toml").touch()
     stage = Path("runs/h/finetune-32")
-    assert record.existing_run("h/finetune-32") == stage
-    assert record.existing_run("runs/h/finetune-32") == stage
-    assert record.existing_run("elsewhere/h") == Path("elsewhere/h")
-    assert record.existing_run("./h/finetune-32") == Path("h/finetune-32")
-    assert record.existing_run(str(stage.resolve())) == stage.resolve()
+    assert existing_run("h/finetune-32") == stage
+    assert existing_run("runs/h/finetune-32") == stage
+    assert existing_run("elsewhere/h") == Path("elsewhere/h")
+    assert existing_run("./h/finetune-32") == Path("h/finetune-32")
+    assert existing_run(str(stage.resolve())) == stage.resolve()
     with pytest.raises(UsageError, match="no run at h/finetune-64"):
-        record.existing_run("h/finetune-64")
+        existing_run("h/finetune-64")
     monkeypatch.chdir("runs/h")
     for here in ("./", "finetune-32/.."):
-        assert record.existing_run(here) == Path.cwd()
-        assert not record.is_stage(record.existing_run(here))
+        assert existing_run(here) == Path.cwd()
+        assert not is_stage(existing_run(here))
 
 
 def test_a_run_elsewhere_is_named_in_what_comes_next(typed: Type, toy: str) -> None:

@@ -9,7 +9,7 @@ import trials
 
 from fastidmm import checkpoint, stages
 from fastidmm.errors import DataError
-from fastidmm.record import RECIPE
+from fastidmm.folders import RECIPE
 from fastidmm.scoring import evaluate
 
 

@@ -15,8 +15,9 @@ import pytest
 from fastidmm import checkpoint, lock, stages
 from fastidmm.assemble import training_rows
 from fastidmm.errors import UsageError
+from fastidmm.folders import RECIPE
 from fastidmm.recipe import Recipe
-from fastidmm.record import METRICS, RECIPE, Record
+from fastidmm.record import METRICS, Record
 
 # From Python 3.12 on, forking a process that has threads warns; torch's idle ones are no danger.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -15,9 +15,10 @@ from fastidmm.assemble import Parts, assemble, training_rows
 from fastidmm.backbones.build import Encoder
 from fastidmm.batch import Batch, Loss
 from fastidmm.errors import UsageError
+from fastidmm.folders import free_folder
 from fastidmm.machine import set_up
 from fastidmm.methods.idmm import IDMM
-from fastidmm.record import Record, free_folder
+from fastidmm.record import Record
 from fastidmm.step import backward, step
 
 

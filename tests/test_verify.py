@@ -20,8 +20,9 @@ from fastidmm import capture, checkpoint, stages, verify
 from fastidmm import step as stepping
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, NumericalError, UsageError
+from fastidmm.folders import RECIPE
 from fastidmm.preparing.prepare import prepare
-from fastidmm.record import ENVIRONMENT, METRICS, RECIPE, Record
+from fastidmm.record import ENVIRONMENT, METRICS, Record
 
 STAGE = RUN / "finetune-16"
 

@@ -6,9 +6,10 @@ import fastidmm
 from fastidmm import checkpoint
 from fastidmm.evaluate import Score, resized_side
 from fastidmm.exporting.learnt import Learnt
+from fastidmm.folders import RECIPE
 from fastidmm.plan import num_steps
 from fastidmm.preparing.summary import counted
-from fastidmm.record import RECIPE, Record
+from fastidmm.record import Record
 from fastidmm.reporting.claims import ARMS, FINETUNED
 from fastidmm.scoring import kept, looks, scored
 from fastidmm.stages import summary

@@ -12,6 +12,7 @@ from fastidmm.backbones.build import backbone as backbone_named
 from fastidmm.backbones.torchvision_ops import make_torchvision_importable
 from fastidmm.errors import DataError, FastidmmError, Interrupted, UsageError, did_you_mean
 from fastidmm.evaluate import Score
+from fastidmm.folders import RECIPE, run_folder
 from fastidmm.machine import device_of
 from fastidmm.paper.budget import FEWEST_IMAGES, SPENT, Cost, fitting, measured, seconds_of
 from fastidmm.paper.protocol import WHOLE, Cut, Run, Work, stages, work
@@ -20,7 +21,7 @@ from fastidmm.paper.sheet import Row, Sheet
 from fastidmm.places import folder_of, prepared, read_json
 from fastidmm.progress import say
 from fastidmm.recipe import Recipe
-from fastidmm.record import RECIPE, Record, run_folder
+from fastidmm.record import Record
 from fastidmm.registry import DATASETS, METHODS
 from fastidmm.run import prepare_demo
 from fastidmm.stages import finetune, pretrain, summary

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastidmm.compare import Compared
+from fastidmm.folders import stages
 from fastidmm.forecast import kept
-from fastidmm.record import Record, stages
+from fastidmm.record import Record
 from fastidmm.reporting.claims import Arm, Outcome, by_chance
 from fastidmm.reporting.commands import Stage
 

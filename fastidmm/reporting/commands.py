@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastidmm.folders import RECIPE
 from fastidmm.plan import num_steps
 from fastidmm.recipe import Recipe, with_settings
-from fastidmm.record import RECIPE, Record
+from fastidmm.record import Record
 from fastidmm.reporting.claims import FROZEN
 from fastidmm.scoring import place_of
 from fastidmm.stages import called, finetune_tables, flags_in_proportion, high_tables

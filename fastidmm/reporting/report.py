@@ -7,9 +7,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fastidmm.errors import UsageError
+from fastidmm.folders import RECIPE, is_stage, stages
 from fastidmm.forecast import spell
 from fastidmm.preparing.files import write_whole
-from fastidmm.record import RECIPE, Record, is_stage, stages
+from fastidmm.record import Record
 from fastidmm.registry import find
 from fastidmm.reporting.beside import others, taken
 from fastidmm.reporting.charts import charts

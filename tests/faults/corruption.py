@@ -14,9 +14,10 @@ from trials import Figure, main, outcome, prepare_toy, same, stopped, whole
 
 from fastidmm import checkpoint, stages
 from fastidmm.errors import DataError, FastidmmError
+from fastidmm.folders import RECIPE
 from fastidmm.places import folder_of, read_json
 from fastidmm.preparing.pack import fingerprint_of
-from fastidmm.record import ENVIRONMENT, METRICS, RECIPE, Record
+from fastidmm.record import ENVIRONMENT, METRICS, Record
 from fastidmm.store import open_store
 
 KINDS = ("flip", "cut")

@@ -24,8 +24,9 @@ from PIL import Image
 from fastidmm import checkpoint, evaluate
 from fastidmm.__main__ import main
 from fastidmm.errors import DataError
+from fastidmm.folders import RECIPE
 from fastidmm.interrupt import SIGNALS
-from fastidmm.record import METRICS, RECIPE, Record
+from fastidmm.record import METRICS, Record
 from fastidmm.registry import METHODS, find
 
 TIMINGS = ("images_per_second", "data_wait")

@@ -24,7 +24,8 @@ from forks import (
     unreadable,
 )
 
-from fastidmm.record import RECIPE, Record
+from fastidmm.folders import RECIPE
+from fastidmm.record import Record
 
 MOST = 5  # kills of one run
 SOON = 15.0  # seconds in which a killed run's workers notice

@@ -16,7 +16,8 @@ import torch
 from forks import CASES, PRETRAIN, Bench, Case, bench, finish, start, told
 
 from fastidmm import checkpoint
-from fastidmm.record import METRICS, RECIPE, Record
+from fastidmm.folders import RECIPE
+from fastidmm.record import METRICS, Record
 from fastidmm.verify import FILES
 
 LONG = "20 steps between two checkpoints"
