@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastidmm.cli_bench import bench
-from fastidmm.cli_export import embed, export
+from fastidmm.cli_export import embed, export, predict
 from fastidmm.cli_paper import compare, reproduce
 from fastidmm.cli_plan import plan
 from fastidmm.cli_report import report
@@ -319,6 +319,7 @@ def verify(
 
 app.command()(export)
 app.command()(embed)
+app.command()(predict)
 app.command()(reproduce)
 app.command()(compare)
 

@@ -1,4 +1,4 @@
-"""The commands `export` and `embed`: what a run has learnt, for other programs."""
+"""The commands `export`, `embed` and `predict`: what a run has learnt, put to use."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -41,10 +41,13 @@ def export(
     answer(found, as_json, lambda: exporting.as_text(found))
 
 
+SourceOption = Annotated[
+    str, typer.Option("--from", help="A folder, a .csv, a photograph, or a prepared dataset.")
+]
+
+
 def embed(
-    source: Annotated[
-        str, typer.Option("--from", help="A folder, a .csv, or the name of a prepared dataset.")
-    ],
+    source: SourceOption,
     out: Annotated[Path, typer.Option(help="A file that is not there yet: .npz or .parquet.")],
     named: StageArgument = None,
     run: RunOption = None,
@@ -63,3 +66,24 @@ def embed(
     folder = chosen_run(named, run)
     found = embedding.embed(folder, source, out, normalise=normalise, device=device, quiet=as_json)
     answer(found, as_json, lambda: embedding.as_text(found))
+
+
+def predict(
+    source: SourceOption,
+    out: Annotated[
+        Path | None, typer.Option(help="A .csv that is not there yet, instead of the terminal.")
+    ] = None,
+    named: StageArgument = None,
+    run: RunOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell the class of each photograph, by a run's last fine-tuning.
+
+    Example: fastidmm predict demo --from ~/new --out classes.csv
+    """
+    from fastidmm.exporting import predict as predicting
+
+    folder = chosen_run(named, run)
+    found = predicting.predict(folder, source, out, device=device, quiet=as_json)
+    answer(found, as_json, lambda: predicting.as_text(found))

@@ -162,6 +162,7 @@ def test_no_command_asks_the_net(audited: Audited) -> None:
         *onnx,
         "embed one --from toy --out store.npz",
         "embed one --from photos --out folder.npz",
+        "predict one --from photos --out classes.csv",
         f"run --dataset toy --run all {TINY} --set finetune.epochs=1 --set finetune.resolution=16",
         "compare one all",
         "reproduce T2 --dry-run",

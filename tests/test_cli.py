@@ -282,7 +282,7 @@ def test_messages_go_elsewhere(way: str, typed: Type, toy: str) -> None:
 @pytest.mark.parametrize(
     "words",
     ["evaluate", "finetune", "resume", "verify", "report", "export --out o",
-     "embed --from photos --out f.npz"],
+     "embed --from photos --out f.npz", "predict --from photos"],
 )  # fmt: skip
 def test_a_run_is_named_once(typed: Type, home: Path, words: str) -> None:
     """Twice the same is no error: there is none of that name."""
@@ -348,7 +348,8 @@ def test_a_run_folder_that_exists(typed: Type, toy: str) -> None:
 def test_no_runs_yet(typed: Type, toy: str) -> None:
     embed = ("embed", "--from", toy, "--out", "features.npz")
     others = ("finetune", "evaluate", "report", "resume")
-    for command in (("export", "--out", "out"), embed, *((name,) for name in others)):
+    predict = ("predict", "--from", toy)
+    for command in (("export", "--out", "out"), embed, predict, *((name,) for name in others)):
         status, _, err = typed(*command)
         assert status == 2 and "begin with `fastidmm pretrain`" in sentence(err)
 

@@ -83,6 +83,7 @@ def test_whatever_cannot_be_written_is_named_and_nothing_of_it_is_left(
     made = {
         "runs/run/report.html": ["report", "run"],
         "runs/run/evaluation.json": ["evaluate", "run"],
+        "classes.csv": ["predict", "run", "--from", "photos", "--out", "classes.csv"],
         "features.npz": ["embed", "run", "--from", "photos", "--out", "features.npz"],
         "features.parquet": ["embed", "run", "--from", "photos", "--out", "features.parquet"],
     }

@@ -85,7 +85,7 @@ def test_few_pictures_are_held_at_a_time(toy: str, monkeypatch: pytest.MonkeyPat
 
         with monkeypatch.context() as patch:
             patch.setattr(pictures, name, limit)
-            patch.setattr(embedding, "outputs", counting)
+            patch.setattr(pictures, "outputs", counting)
             _, table = embed("photos", Path(f"{name}.npz"))
         assert max(held) == most and sum(held) == 28
         np.testing.assert_allclose(table["features"], whole["features"], rtol=0, atol=1e-5)

@@ -232,6 +232,9 @@ def test_names_that_are_no_utf8_go_all_the_way(
         words = ("embed", "mine", "--from", "photos", "--out", f"features.{kind}")
         if kind == "npz" or find_spec("pyarrow"):
             assert typed(*words)[0] == 0
+    assert typed("predict", "mine", "--from", "photos")[0] == 0
+    assert typed("predict", "mine", "--from", "photos", "--out", "classes.csv")[0] == 0
+    assert "bad\ufffd/0bad\ufffd.png," in Path("classes.csv").read_text(encoding="utf-8")
     with np.load("features.npz") as table:
         assert table["class_names"].tolist() == ["bad\ufffd", "class1"]
         assert "bad\ufffd/0bad\ufffd.png" in table["path"].tolist()

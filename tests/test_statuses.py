@@ -36,13 +36,15 @@ def test_done_and_wrong_use(typed: Type, home: Path) -> None:
     assert typed("no-such-command")[0] == 2
     assert typed("report", "nothing")[0] == 2
     assert typed("export", "nothing", "--out", "out")[0] == 2
-    assert typed("export")[0] == typed("embed", "--from", "photos")[0] == 2
+    assert typed("export")[0] == typed("embed", "--from", "photos")[0] == typed("predict")[0] == 2
 
 
 def test_bad_data(typed: Type, toy: str) -> None:
     Path("empty").mkdir()
     assert typed("pretrain", *TINY, "--run", "mine")[0] == 0
     assert typed("embed", "mine", "--from", "empty", "--out", "features.npz")[0] == 3
+    assert typed("finetune", "mine", *TINY[2:])[0] == 0
+    assert typed("predict", "mine", "--from", "empty")[0] == 3
     assert typed("prepare", "--dataset", "folder", "--from", "empty")[0] == 3
 
 

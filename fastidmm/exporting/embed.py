@@ -1,8 +1,7 @@
 """`fastidmm embed`: what a run's backbone makes of photographs, as a table in one file."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +14,10 @@ from torch.nn import functional
 
 from fastidmm.datasets import Unusable
 from fastidmm.errors import UsageError
-from fastidmm.evaluate import outputs
 from fastidmm.exporting.learnt import encoder_of
-from fastidmm.exporting.pictures import Named, pictures
-from fastidmm.machine import dtype_of, set_up
-from fastidmm.preparing.files import make_room, naming, put_in_place
+from fastidmm.exporting.pictures import Named, as_utf8, looked_through, pictures
+from fastidmm.preparing.files import new_file
 from fastidmm.preparing.summary import counted, shown
-from fastidmm.preparing.watching import watching
 
 
 @dataclass(slots=True)
@@ -45,16 +41,12 @@ class Table:
     @property
     def paths(self) -> list[str]:
         """Files below the source, with '/'; bytes that are no UTF-8 replaced."""
-        return [_as_utf8(row.file) for row in self.rows]
+        return [as_utf8(row.file) for row in self.rows]
 
     @property
     def classes(self) -> list[str]:
         """The names of all classes, as the paths are."""
-        return [_as_utf8(name) for name in self.class_names]
-
-
-def _as_utf8(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+        return [as_utf8(name) for name in self.class_names]
 
 
 def _write_npz(table: Table, file: BinaryIO) -> None:
@@ -99,23 +91,6 @@ def _writer(out: Path) -> Callable[[Table, BinaryIO], None]:
     return write
 
 
-@contextmanager
-def _aside(out: Path) -> Iterator[BinaryIO]:
-    """A file beside `out`, which gets that name when all is written."""
-    make_room(out)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        # Around the file, which is refused what it still holds once more when it is closed.
-        with naming(out):
-            with aside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def embed(
     run: Path, source: str, out: Path, *, normalise: bool, device: str | None, quiet: bool
 ) -> dict[str, Any]:
@@ -125,20 +100,12 @@ def embed(
     """
     write, out = _writer(out), out.expanduser()
     record, encoder = encoder_of(run)
-    asked = record.recipe.run
-    place = set_up(device or asked.device, exact=asked.exact)
-    dtype = dtype_of(asked.precision, place)
-    encoder.to(place)
     told = pictures(source)
     features, rows = [], []
-    with _aside(out) as file:  # refused before hours of work, not after
-        with watching(f"Embedding {told.title}", told.total, quiet=quiet) as watch:
-            for some, named in told.parts:
-                store = some.tables_to(place)
-                found = outputs(encoder, store, resolution=asked.resolution, dtype=dtype)
-                features.append((functional.normalize(found) if normalise else found).cpu())
-                rows += named
-                watch(len(rows) + len(told.left_out))
+    with new_file(out) as file:  # refused before hours of work, not after
+        for found, named in looked_through(told, encoder, record, device, "Embedding", quiet=quiet):
+            features.append(functional.normalize(found) if normalise else found)
+            rows += named
         write(Table(torch.cat(features).numpy(), rows, told.class_names), file)
     return {
         "run": str(run),

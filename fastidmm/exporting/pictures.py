@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastidmm.datasets import Item, Unusable
 from fastidmm.datasets.folder import Folder
 from fastidmm.errors import DataError, UsageError, did_you_mean
-from fastidmm.evaluate import CROPS_AT_ONCE, central_views
-from fastidmm.preparing.decode import Picture, decode_all, upright
+from fastidmm.evaluate import CROPS_AT_ONCE, central_views, outputs
+from fastidmm.machine import dtype_of, set_up
+from fastidmm.preparing.decode import SUFFIXES, Picture, decode_all, upright
 from fastidmm.preparing.prepare import MAX_SIDE
 from fastidmm.preparing.summary import shown
+from fastidmm.preparing.watching import watching
+from fastidmm.record import Record
 from fastidmm.store import Store, folder_of, open_store, prepared, read_json
 
 MOST_BYTES = 1 << 28  # of pixels at a time, unless one picture alone has more
@@ -42,14 +45,48 @@ class Pictures:
 
 
 def pictures(source: str) -> Pictures:
-    """Those of the prepared dataset of that name, or else below that folder."""
+    """Those of the prepared dataset of that name, or else below that folder; or the file itself."""
     if source in prepared():
         return _of_store(source)
-    if not Path(source).expanduser().exists():
+    path = Path(source).expanduser()
+    if not path.exists():
         known = prepared()
         hint = did_you_mean(source, known) if known else "Nothing is prepared."
         raise UsageError(f"--from {source}: no such folder, and no such dataset. {hint}")
-    return _of_folder(Path(source))
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        alone = Pictures(source, (), iter(()), 1)
+        alone.parts = _decoded(path.parent, [(Item(path.name, -1), "")], alone)
+        return alone
+    return _of_folder(path)
+
+
+def looked_through(
+    told: Pictures,
+    model: nn.Module,
+    record: Record,
+    device: str | None,
+    doing: str,
+    *,
+    quiet: bool,
+) -> Iterator[tuple[Tensor, list[Named]]]:
+    """What a run's model gives for each part's photographs, as `evaluate` looks: (N, D) float32.
+
+    On `device`, or the run's own; the rows come on the CPU.
+    """
+    run = record.recipe.run
+    place = set_up(device or run.device, exact=run.exact)
+    dtype, num = dtype_of(run.precision, place), 0
+    model.to(place)
+    with watching(f"{doing} {told.title}", told.total, quiet=quiet) as watch:
+        for some, named in told.parts:
+            store = some.tables_to(place)
+            yield outputs(model, store, resolution=run.resolution, dtype=dtype).cpu(), named
+            watch((num := num + len(named)) + len(told.left_out))
+
+
+def as_utf8(name: str) -> str:
+    """A file's name or a class's with bytes that are no UTF-8 replaced, for files of others."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _of_store(name: str) -> Pictures:

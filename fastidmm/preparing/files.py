@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from fastidmm.errors import UsageError
 
@@ -84,3 +85,20 @@ def naming(path: Path) -> Iterator[None]:
         if problem.errno is None or problem.filename:
             raise
         raise OSError(problem.errno, problem.strerror, str(path)) from None
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, which gets that name when all is written."""
+    make_room(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Around the file, which is refused what it still holds once more when it is closed.
+        with naming(path):
+            with aside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
