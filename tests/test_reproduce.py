@@ -20,7 +20,7 @@ from fastidmm.evaluate import Score
 from fastidmm.methods.idmm import IDMM
 from fastidmm.paper import reproduce
 from fastidmm.paper.budget import Cost, fitting, seconds_of
-from fastidmm.paper.protocol import Cut, Run, Work
+from fastidmm.paper.protocol import Cut, Run, Work, work
 from fastidmm.paper.published import TABLES, Cell, chosen
 from fastidmm.paper.sheet import Row, Sheet
 from fastidmm.record import Record
@@ -335,6 +335,14 @@ def test_wrong_uses(typed: Type, home: Path, words: tuple[str, ...], message: st
     status, _, err = typed("reproduce", *words)
     assert (status, message in sentence(err)) == (2, True), err
     assert not Path("runs").exists()
+
+
+def test_names_of_runs_that_would_be_too_long_are_told(home: Path) -> None:
+    (cell,) = (c for c in chosen("T1", "x" * 40, "t2t_vit_7") if c.arm == "idmm")
+    assert work(cell, 0, Cut(), {}).run.name == f"T1-{'x' * 40}-idmm-t2t_vit_7-s0"
+    (cell,) = (c for c in chosen("T1", "x" * 45, "t2t_vit_7") if c.arm == "idmm")
+    with pytest.raises(UsageError, match=r"longer than 64 letters: prepare 'x+' again"):
+        work(cell, 0, Cut(), {})
 
 
 def test_other_seeds_are_another_cut(typed: Type, toy: str, two_arms: None) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastidmm.errors import UsageError
 from fastidmm.paper.published import ABLATION, TIMM, Cell
+from fastidmm.places import NAME
 from fastidmm.recipe import Tables, read_tables, with_settings
 
 # What the ablation's rungs change in configs/ablation.toml, each in addition to those before it.
@@ -130,7 +132,13 @@ def _run(
     words = (cell.table, dataset, arm, cell.backbone, f"s{seed}", cut.suffix)
     own = {"dataset": dataset, "backbone": cell.backbone, "seed": seed}
     shortened = _shortened({**tables, "run": {**tables["run"], **own}}, cut, images.get(dataset, 0))
-    return Run("-".join(filter(None, words)).replace(":", "-"), shortened)
+    name = "-".join(filter(None, words)).replace(":", "-")
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"a run would be called {name}, longer than 64 letters: prepare {dataset!r} again by a "
+            "shorter --name."
+        )
+    return Run(name, shortened)
 
 
 def _shortened(tables: Tables, cut: Cut, available: int) -> Tables:
