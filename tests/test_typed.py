@@ -44,6 +44,7 @@ def typed(
     monkeypatch.setenv("HOME", str(tmp_path))
     for split in ("train", "test"):
         photos(tmp_path / "photos" / split, per_class=3)
+    photos(tmp_path / "new", per_class=1)
 
     def type_it(line: str) -> None:
         words = [STAND_INS.get(word, word) for word in shlex.split(line)]
