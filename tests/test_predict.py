@@ -109,6 +109,11 @@ def test_what_is_refused(toy: str, typed: Type) -> None:
     ):
         status, _, err = typed("predict", "one", "--from", "photos", "--out", out)
         assert status == 2 and sentence(err) == f"fastidmm: {said}"
+    Path("new.HEIC").touch()
+    status, _, err = typed("predict", "one", "--from", "new.HEIC")
+    assert status == 2 and "--from new.HEIC is no photograph that can be read (.jpg" in sentence(
+        err
+    )
     shutil.rmtree("home")
     status, _, err = typed("predict", "one", "--from", "photos")
     assert status == 2 and sentence(err).startswith("fastidmm: no dataset 'toy' is prepared: ")
