@@ -47,7 +47,7 @@ def free_folder(folder: Path) -> Path:
 def existing_run(name: str | None) -> Path:
     """The folder of a run or stage that was named, or of the newest run; else an error."""
     if name is not None:
-        folder = run_folder(name)
+        folder = run_folder(name + os.sep if name in (os.curdir, os.pardir) else name)
         # A stage's path may begin with the name of a run in ./runs.
         for place in (folder,) if name.startswith(".") else (Path("runs", name), folder):
             if (place / RECIPE).exists():

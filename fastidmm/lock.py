@@ -61,5 +61,6 @@ def alive(process: int) -> bool:
         return True
     with suppress(OSError):  # elsewhere than on Linux
         # A process that nobody has waited for yet is a zombie.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        # Bytes: a program's name is cut after fifteen, be that amid a letter.
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     return True

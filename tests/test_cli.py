@@ -307,7 +307,7 @@ def test_a_stage_is_named_by_its_run_in_runs(home: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="no run at h/finetune-64"):
         existing_run("h/finetune-64")
     monkeypatch.chdir("runs/h")
-    for here in ("./", "finetune-32/.."):
+    for here in ("./", ".", "finetune-32/.."):
         assert existing_run(here) == Path.cwd()
         assert not is_stage(existing_run(here))
 

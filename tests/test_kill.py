@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(
     assert len(kept) == 3
     for before, at in pairwise(kept):
         assert synced[before:at].index(METRICS) < synced[before:at].index(checkpoint.MODEL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of programs are Linux's to tell")
+def test_a_program_whose_name_is_cut_amid_a_letter_is_alive() -> None:
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    try:
+        name.write_bytes("ein Training mü".encode()[:-1])
+        assert lock.alive(os.getpid())
+    finally:
+        name.write_bytes(before)
 
 
 @FORKS

@@ -162,6 +162,21 @@ def test_what_does_not_lie_together_or_is_not_asked_for() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_values_or_what_queries_find_alone(asked: int) -> None:
+    """The other one's gradient is none; a token block asks for both."""
+    given = CASES["performer", "2 x 65, 20 wide, 17 features"]
+
+    def alone(work: Any) -> Any:
+        return lambda **arguments: work(**arguments)[asked]
+
+    found, plain = (result(alone(work), given) for work in (performer.fused, performer.reference))
+    doubles = {key: value.double() for key, value in given.items()}
+    for key, value in result(alone(performer.reference), doubles).items():
+        worst = 1.5 * float((plain[key] - value).abs().max()) + 1e-6 * float(value.abs().max())
+        assert float((found[key] - value).abs().max()) <= worst, key
+
+
 def test_convolutions_are_timms() -> None:
     """A whole hidden layer of PVTv2, by its own module."""
     mlp: Any = MlpWithDepthwiseConv(6, 40)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastidmm.batch import Method
 from fastidmm.evaluate import outputs
-from fastidmm.exporting.predict import predict
+from fastidmm.exporting.predict import as_text, predict
 from fastidmm.store import folder_of, open_store
 
 RUN, STAGE = Path("runs/one"), Path("runs/one/finetune-48")
@@ -68,10 +68,12 @@ def test_new_photographs_of_no_class(toy: str, typed: Type, photos: MakePhotos) 
     Path("new").mkdir()
     for number, name in enumerate(("b, c.png", "a.jpg")):
         Image.new("RGB", (60, 50), (90 * number, 10, 200)).save(Path("new", name))
-    Path("new", "broken.jpg").write_bytes(b"no photograph")
+    for number in range(12):
+        Path("new", f"broken{number:02d}.jpg").write_bytes(b"no photograph")
     status, out, _ = typed("predict", "one", "--from", "new")
     first, *lines, last = out.splitlines()
-    assert status == 0 and first == "1 file left out: broken.jpg (not an image)"
+    assert status == 0 and first.startswith("12 files left out: broken00.jpg (not an image), ")
+    assert first.endswith(", broken09.jpg (not an image) and 2 more (see --json)")
     rows = json.loads(typed("predict", "one", "--from", "new", "--json")[1])["rows"]
     assert [row["path"] for row in rows] == ["a.jpg", "b, c.png"]
     for line, row, path in zip(lines, rows, ("a.jpg   ", "b, c.png"), strict=True):
@@ -80,8 +82,8 @@ def test_new_photographs_of_no_class(toy: str, typed: Type, photos: MakePhotos) 
     (alone,) = told("new/a.jpg")
     # Of one photograph products are summed in another order.
     assert alone == rows[0] | {"probability": pytest.approx(rows[0]["probability"], abs=1e-5)}
-    status, _, err = typed("predict", "one", "--from", "new/broken.jpg")
-    assert status == 3 and "has no usable photograph: broken.jpg (not an image)" in sentence(err)
+    status, _, err = typed("predict", "one", "--from", "new/broken11.jpg")
+    assert status == 3 and "has no usable photograph: broken11.jpg (not an image)" in sentence(err)
     status, out, _ = typed("predict", "one", "--from", "new", "--out", "found.csv")
     assert status == 0 and "found.csv: 2 photographs: class" in out
     with open("found.csv", encoding="utf-8", newline="") as file:
@@ -107,6 +109,19 @@ def test_what_is_refused(toy: str, typed: Type) -> None:
     ):
         status, _, err = typed("predict", "one", "--from", "photos", "--out", out)
         assert status == 2 and sentence(err) == f"fastidmm: {said}"
+    Path("new.HEIC").touch()
+    status, _, err = typed("predict", "one", "--from", "new.HEIC")
+    assert status == 2 and "--from new.HEIC is no photograph that can be read (.jpg" in sentence(
+        err
+    )
     shutil.rmtree("home")
     status, _, err = typed("predict", "one", "--from", "photos")
-    assert status in (2, 3) and "toy" in sentence(err)
+    assert status == 2 and sentence(err).startswith("fastidmm: no dataset 'toy' is prepared: ")
+
+
+def test_of_many_classes_those_of_most_photographs_are_told() -> None:
+    rows = [{"class": f"c{number:02d}"} for number in range(12) for _ in range(20 - number)]
+    told = {"left_out": [], "file": "a.csv", "num": len(rows), "rows": rows, "checkpoint": "k"}
+    first, last = as_text(told).splitlines()
+    assert first.startswith("a.csv: 174 photographs: c00 20, c01 19, ")
+    assert first.endswith(", c09 11 and 19 of 2 others") and last == "by k"

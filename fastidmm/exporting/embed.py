@@ -122,7 +122,7 @@ def embed(
 def as_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     left = [Unusable(**file) for file in found["left_out"]]
-    lines = [f"{counted(len(left), 'file')} left out: {shown(left)}"] if left else []
+    lines = [f"{counted(len(left), 'file')} left out: {shown(left, at='--json')}"] if left else []
     length = ", of length 1" if found["normalised"] else ""
     rows = counted(found["num"], "photograph")
     lines.append(f"{found['file']}: {rows}, {found['width']} features of each{length}")

@@ -52,11 +52,18 @@ def pictures(source: str) -> Pictures:
     if not path.exists():
         known = prepared()
         hint = did_you_mean(source, known) if known else "Nothing is prepared."
-        raise UsageError(f"--from {source}: no such folder, and no such dataset. {hint}")
+        raise UsageError(
+            f"--from {source}: no such folder or photograph, and no such dataset. {hint}"
+        )
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         alone = Pictures(source, (), iter(()), 1)
         alone.parts = _decoded(path.parent, [(Item(path.name, -1), "")], alone)
         return alone
+    if path.is_file() and path.suffix.lower() != ".csv":
+        raise UsageError(
+            f"--from {source} is no photograph that can be read ({', '.join(SUFFIXES)}), and no "
+            ".csv: save it as JPEG first."
+        )
     return _of_folder(path)
 
 

@@ -21,6 +21,7 @@ from fastidmm.scoring import classifiers
 from fastidmm.terminal import line
 
 COLUMNS = "path", "class", "probability"
+SHOWN = 10  # classes, those of most photographs, where all of them are in a file
 
 
 def predict(
@@ -82,7 +83,7 @@ def _as_csv(rows: list[tuple[str, str, float]]) -> bytes:
 def as_text(found: dict[str, Any]) -> str:
     """What a person reads: a line a photograph, or how many of each class are in the file."""
     left = [Unusable(**file) for file in found["left_out"]]
-    lines = [f"{counted(len(left), 'file')} left out: {shown(left)}"] if left else []
+    lines = [f"{counted(len(left), 'file')} left out: {shown(left, at='--json')}"] if left else []
     rows = found["rows"]
     if found["file"] is None:
         wide = max(len(line(row["path"])) for row in rows)
@@ -91,6 +92,8 @@ def as_text(found: dict[str, Any]) -> str:
             lines.append(f"{line(row['path']).ljust(wide)}  {line(row['class'])}  {sure}")
     else:
         counts = Counter(row["class"] for row in rows).most_common()
-        named = ", ".join(f"{line(name)} {num}" for name, num in counts)
+        named = ", ".join(f"{line(name)} {num}" for name, num in counts[:SHOWN])
+        if rest := counts[SHOWN:]:
+            named += f" and {sum(num for _, num in rest)} of {counted(len(rest), 'other')}"
         lines.append(f"{found['file']}: {counted(found['num'], 'photograph')}: {named}")
     return "\n".join([*lines, f"by {found['checkpoint']}"])

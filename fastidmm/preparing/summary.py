@@ -9,6 +9,8 @@ from fastidmm.datasets import Unusable
 from fastidmm.preparing.beton import NAME as BETON
 from fastidmm.terminal import line, printable
 
+STORE = "store.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -77,12 +79,12 @@ class Summary:
             )
         if self.unusable:
             count = counted(len(self.unusable), "file")
-            lines.append(f"{count} unusable: {shown(self.unusable, limit)}")
+            lines.append(f"{count} unusable: {shown(self.unusable, limit, STORE)}")
         if self.converted:
             counts = (f"{count:,} {what}" for what, count in self.converted.items())
             lines.append(f"converted: {', '.join(counts)}")
         if self.animated:
-            files = _listed([printable(file) for file in self.animated], limit)
+            files = _listed([printable(file) for file in self.animated], limit, at=STORE)
             lines.append(f"first frame only: {files}")
         lines += [*self.notes, *_findings(self.checks)]
         if self.beton_bytes:
@@ -102,9 +104,10 @@ class Summary:
         return f"{images}, {classes}, {_size(self.num_bytes)}"
 
 
-def shown(unusable: Sequence[Unusable], limit: int = 10) -> str:
-    """Unusable files with their reasons, in a line."""
-    return _listed([f"{printable(file.file)} ({line(file.reason)})" for file in unusable], limit)
+def shown(unusable: Sequence[Unusable], limit: int = 10, at: str = "") -> str:
+    """Unusable files with their reasons, in a line; `at`: where all of them are, if anywhere."""
+    told = [f"{printable(file.file)} ({line(file.reason)})" for file in unusable]
+    return _listed(told, limit, at=at)
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -112,9 +115,10 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _listed(texts: list[str], limit: int, total: int | None = None, at: str = "store.json") -> str:
+def _listed(texts: list[str], limit: int, total: int | None = None, *, at: str) -> str:
     more = (len(texts) if total is None else total) - limit
-    return ", ".join(texts[:limit]) + (f" and {more:,} more (see {at})" if more > 0 else "")
+    see = f" (see {at})" if at else ""
+    return ", ".join(texts[:limit]) + (f" and {more:,} more{see}" if more > 0 else "")
 
 
 FEW_CASES, FEW_CLASSES = 2, 5  # more pairs of paths fill a screen; all are in prepare.json
@@ -146,7 +150,7 @@ def _findings(checks: dict[str, Any]) -> list[str]:
         if total:
             cases = [_case(case) for case in checks[name]["cases"]]
             limit = FEW_CLASSES if name == "small_classes" else FEW_CASES
-            listed = _listed(cases, limit, total, "prepare.json")
+            listed = _listed(cases, limit, total, at="prepare.json")
             lines.append(f"{counted(total, one, many)}: {listed}")
     return lines
 
