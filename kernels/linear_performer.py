@@ -5,8 +5,8 @@
 
 Choromanski et al., "Rethinking Attention with Performers", ICLR 2021: products of features stand
 for exp(k . q), and no token meets another. One by one these are some forty passes over the tokens
-in float32, and twice as many back. Fused, tokens are read twice and written once, and back four
-times and once, in the type that the layer has.
+in float32, and twice as many back. Fused, what the layer made is read once and what is found is
+written, in the type that the layer has; and back it is read once more.
 """
 
 import math
