@@ -136,7 +136,8 @@ class _AddNorm(torch.autograd.Function):
         if d_normed is None:
             d_normed = torch.zeros_like(total)
         d_total = None if d_total is None else d_total.contiguous()
-        d_x = torch.empty_like(total, dtype=x_kind)
+        # Nobody asks for the gradient of images.
+        d_x = torch.empty_like(total, dtype=x_kind) if ctx.needs_input_grad[0] else None
         d_branch = None if branch_kind is None else torch.empty_like(total, dtype=branch_kind)
         num, width, shape = mean.numel(), total.shape[-1], shape_of(total.shape[-1])
         programs = max(1, min(PROGRAMS, triton.cdiv(num, shape["ROWS"])))

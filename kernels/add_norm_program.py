@@ -62,7 +62,7 @@ def backward_kernel(
     D_TOTAL,  # (num, D) or None
     D_NORMED, TOTAL,  # (num, D)
     SCALE, WEIGHT, MEAN, RSTD,  # as above
-    D_X, D_BRANCH,  # (num, D); D_BRANCH may be None
+    D_X, D_BRANCH,  # (num, D); each may be None
     SHARES,  # (2 or 3, programs, D) fp32: each program's of weight, bias, and the branch's bias
     num, tokens, WITHIN: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -88,7 +88,8 @@ def backward_kernel(
         d_x = rstd[:, None] * (g - along[:, None] - x * across[:, None])
         if D_TOTAL is not None:
             d_x += tl.load(D_TOTAL + place, here, 0.0).to(tl.float32)
-        tl.store(D_X + place, d_x.to(D_X.dtype.element_ty), here)
+        if D_X is not None:
+            tl.store(D_X + place, d_x.to(D_X.dtype.element_ty), here)
         if D_BRANCH is not None:
             if SCALE is not None:
                 d_x *= tl.load(SCALE + _crop(row, tokens), row < num, 0.0)[:, None]

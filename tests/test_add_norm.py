@@ -114,6 +114,20 @@ def test_what_is_not_used_has_no_gradient(used: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("asked", ["x", "branch", "weight"])
+def test_what_is_not_asked_for_has_none(asked: str) -> None:
+    """As of images, whose norm is the first thing that is made of them."""
+    given = CASES["scaled 3 x 5 x 48"]
+    found = []
+    for work in (fused, reference):
+        leaf = given[asked].clone().requires_grad_()
+        total, normed = work(**given | {asked: leaf})
+        (total.square().sum() + normed.pow(3).sum()).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
 def test_no_rows_and_rows_that_do_not_lie_together() -> None:
     given = CASES["scaled 3 x 5 x 48"]
     empty = {key: given[key][:0] for key in ("x", "branch", "scale")}
