@@ -5,6 +5,7 @@ words and what is made of them are ten times as many bytes as the numbers themse
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastidmm.chance import happens, limit, philox
+from fastidmm.kernels.linear_gelu import fits
 from fastidmm.kernels.words import signed
 
-try:
+with suppress(ImportError):  # elsewhere than on Linux
     import triton
 
     from fastidmm.kernels import dropout_program as program
-except ImportError:  # elsewhere than on Linux
-    triton = None
 
 QUADS = 256  # of a program, four numbers each
 
@@ -33,10 +33,7 @@ def dropout(x: Tensor, p: float, counter: Counter, key: tuple[int, int]) -> Tens
     4 i + 3 of a crop go by the words of (step, place, layer, i): dropped below p * 2**32. On a GPU
     with Triton, unless x is float64, it is one kernel.
     """
-    fits = triton is not None and x.is_cuda and x.dtype != torch.float64
-    if not fits or torch.compiler.is_compiling():
-        return reference(x, p, counter, key)
-    return fused(x, p, counter, key)
+    return fused(x, p, counter, key) if fits(x) else reference(x, p, counter, key)
 
 
 def reference(x: Tensor, p: float, counter: Counter, key: tuple[int, int]) -> Tensor:

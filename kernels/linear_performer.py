@@ -11,6 +11,7 @@ written, in the type that the layer has; and back it is read once more.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,12 +21,10 @@ from torch.nn import functional
 
 from fastidmm.kernels.linear_gelu import fits
 
-try:
+with suppress(ImportError):  # elsewhere than on Linux
     import triton
 
     from fastidmm.kernels import linear_performer_program as program
-except ImportError:  # elsewhere than on Linux
-    triton = None
 
 BLOCK = 32  # tokens that a program holds at a time: of more, the way back spills
 SPAN = 1024  # tokens of a program that sums them
