@@ -87,14 +87,15 @@ class Parts:
 
 
 def training_rows(recipe: Recipe) -> Store:
-    """The training split a recipe asks for, memory-mapped."""
+    """The training images a recipe asks for, memory-mapped; those with labels if it needs them."""
     store = open_store(folder_of(recipe.run.dataset), "train")
     if recipe.run.holdout or recipe.run.num_images:
         store = store.select(split_rows(recipe, store)[0])
-    if len(store) < 2:
-        raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
     if find("method", recipe.run.method).needs_labels:
         check_labels(store, recipe.run.dataset)
+        store = store.with_labels()
+    if len(store) < 2:
+        raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
     return store
 
 
@@ -113,19 +114,22 @@ def same_images(record: Record, fingerprint: str) -> None:
 def split_rows(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor]:
     """Rows of the training split to learn from, and those held out: int64, each in its order.
 
-    Both are functions of the labels and the run's seed; every class is held out in its share.
+    Both are functions of the labels and the run's seed; every class is held out in its share, and
+    of images without labels none where others have them: nothing can be judged by those.
     """
     run, labels = recipe.run, store.label
     learnt = torch.ones(len(store), dtype=torch.bool)
     held = torch.zeros(0, dtype=torch.int64)
     if run.holdout:
-        num = round(run.holdout * len(store))
+        fit = (labels >= 0) if store.labelled else learnt
+        judges = fit.nonzero()[:, 0]
+        num = round(run.holdout * len(judges))
         # Every class keeps an image to be learnt from.
-        held = stratified(labels, num, run.seed, Use.HOLDOUT, spare=1)
+        held = judges[stratified(labels[judges], num, run.seed, Use.HOLDOUT, spare=1)]
         learnt[held] = False
         if not len(held):
             raise UsageError(
-                f"--holdout {run.holdout:g} would hold none of {len(store)} images out: raise it."
+                f"--holdout {run.holdout:g} would hold none of {len(judges)} images out: raise it."
             )
     rows = learnt.nonzero()[:, 0]
     if run.num_images > len(rows):

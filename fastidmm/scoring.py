@@ -160,10 +160,10 @@ def check_split(dataset: str) -> None:
 
 
 def scored_splits(recipe: Recipe) -> tuple[Store, Store]:
-    """Training and test split of a recipe's dataset, refused where they cannot be scored."""
+    """Training images with labels and test split of a recipe's dataset; refused without any."""
     store = training_rows(recipe)
     check_labels(store, recipe.run.dataset)
-    return store, open_store(folder_of(recipe.run.dataset), "test")
+    return store.with_labels(), open_store(folder_of(recipe.run.dataset), "test")
 
 
 def frozen_scores(

@@ -72,6 +72,10 @@ def begun(folder: Path, recipe: Recipe) -> Record:
     check(recipe.run.optimizer, device)
     logs.check(recipe.run.log)
     store = training_rows(recipe)
+    if find("method", recipe.run.method).needs_labels:
+        whole = open_store(folder_of(recipe.run.dataset), "train")
+        if len(whole.with_labels()) < len(whole):
+            say(f"training on {len(store)} images: others have no labels.")
     recipe, why = settled(recipe, store, device)
     if why:
         say(why)

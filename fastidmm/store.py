@@ -6,7 +6,7 @@ A store is a folder: `train.safetensors` and, when there is one, `test.safetenso
     offset  int64  (N,)      where in `pixels` an image starts
     height  int32  (N,)
     width   int32  (N,)
-    label   int64  (N,)      the class, or -1 where there are no labels
+    label   int64  (N,)      the class, or -1 where an image has none
 
 `store.json`: class names, source files, fingerprint, split seed, the reader's version; and
 `prepare.json`: what `checks.py` found. A split of more than `--shard-size` lies in several such
@@ -89,8 +89,8 @@ class Store:
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a class."""
-        return bool((self.label >= 0).all())
+        """Whether any image has a class."""
+        return bool((self.label >= 0).any())
 
     @property
     def num_classes(self) -> int:
@@ -99,7 +99,7 @@ class Store:
 
     @property
     def learnable(self) -> bool:
-        """Whether there are classes to tell apart, and every image has one."""
+        """Whether there are classes to tell apart, and images of them."""
         return self.labelled and self.num_classes > 1
 
     def image(self, row: int) -> Tensor:
@@ -122,6 +122,11 @@ class Store:
         row = torch.arange(len(self), device=rows.device) if self.row is None else self.row
         chosen = {n: getattr(self, n)[rows] for n in TABLES if n != "row"}
         return replace(self, **chosen, row=row[rows], max_height=-1, max_width=-1)
+
+    def with_labels(self) -> "Store":
+        """The images that have a class: the split itself where all have."""
+        known = self.label >= 0
+        return self if bool(known.all()) else self.select(known.nonzero()[:, 0])
 
     def gathered(self, rows: Tensor) -> "Store":
         """`rows` (int64), copied from the host's pixels into a small store on the same device."""

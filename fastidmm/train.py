@@ -47,12 +47,12 @@ def train(record: Record) -> dict[str, float]:
         ):
             parts = assemble(record)
             restore(parts)
-            run = parts.recipe.run
+            run, num = parts.recipe.run, len(parts.store)
             if run.num_images:
-                say(f"training on {run.num_images} images, chosen by class and seed {run.seed}.")
-            if len(parts.store) < run.batch_size:
+                say(f"training on {num} images, chosen by class and seed {run.seed}.")
+            if num < run.batch_size:
                 say(
-                    f"the store has {len(parts.store)} images, fewer than a batch of "
+                    f"the store has {num} images, fewer than a batch of "
                     f"{run.batch_size}: one step of all of them per epoch."
                 )
             if why := left_uncaptured(parts):
@@ -334,9 +334,11 @@ def features_seen(parts: Parts, stop: Stop) -> dict[str, float]:
         stop=stop,
     )
     found = {}
-    if store.num_classes > 1:
-        near = knn(features, store.label, features, store.num_classes, own=True, stop=stop)
-        found["knn_top1"] = score(near, store.label).value
+    if store.learnable:
+        known = (store.label >= 0).nonzero()[:, 0]
+        near, labels = features[known], store.label[known]
+        votes = knn(near, labels, near, store.num_classes, own=True, stop=stop)
+        found["knn_top1"] = score(votes, labels).value
     found |= {
         "spread": spread(features),
         "rankme": rankme(features),

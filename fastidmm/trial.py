@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastidmm.assemble import Parts, assemble, training_rows
+from fastidmm.assemble import Parts, assemble
 from fastidmm.capture import WARM_UP, stepped
 from fastidmm.errors import DataError, OutOfMemoryError
 from fastidmm.evaluate import linear_probe, outputs
@@ -27,8 +27,9 @@ from fastidmm.progress import Clock, say
 from fastidmm.recipe import Recipe
 from fastidmm.record import Record
 from fastidmm.run import check
+from fastidmm.scoring import scored_splits
 from fastidmm.stages import begun, finetune_tables, high_tables
-from fastidmm.store import folder_of, open_store
+from fastidmm.store import Store
 from fastidmm.train import course_of, save
 
 STEPS, MOST_STEPS, FEWEST = 20, 60, 3  # full ones wanted, any made for them, full ones needed
@@ -149,9 +150,9 @@ def evaluation(
     recipe: Recipe, first: Tried, looks: list[tuple[float, int]], found: list[Forecast]
 ) -> Forecast:
     """Of scoring: features of two backbones by kNN and probe, and each stage's classifier."""
-    num_test = len(open_store(folder_of(recipe.run.dataset), "test"))
-    images = first.course.num_images + num_test
-    probe = probe_seconds(recipe, first.width, first.course.num_images)
+    store, test = scored_splits(recipe)
+    probe, num_test = probe_seconds(store, first.width, recipe.run.device), len(test)
+    images = len(store) + num_test
     seconds = 2 * (images * first.look + probe)
     seconds += sum(num_test * look * times for look, times in looks)
     memory = max(each.memory for each in found)
@@ -297,11 +298,10 @@ def look_seconds(parts: Parts) -> float:
     return spent / num
 
 
-def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
-    """Seconds of a linear probe on features so wide of so many images, which are made up."""
-    store = training_rows(recipe)
+def probe_seconds(store: Store, width: int, device_name: str) -> float:
+    """Seconds of a linear probe of a store's images by features so wide, which are made up."""
     labels, classes = store.label[:PROBED], store.num_classes
-    device = device_of(recipe.run.device)
+    device = device_of(device_name)
     chance = torch.Generator().manual_seed(0)
     features = torch.randn(len(labels), width, generator=chance).to(device)
     gpu = device.type == "cuda"
@@ -310,7 +310,7 @@ def probe_seconds(recipe: Recipe, width: int, num: int) -> float:
         linear_probe(features, labels.to(device), features, classes)
         synchronize(device)
         spent = time.perf_counter() - began
-    return spent * (max(1.0, num / LAUNCHED) if gpu else num / len(labels))
+    return spent * (max(1.0, len(store) / LAUNCHED) if gpu else len(store) / len(labels))
 
 
 def memory_of(device: torch.device) -> int:

@@ -84,6 +84,7 @@ def test_what_is_in_order_is_prepared(source: Source) -> None:
 
 WRONG: dict[str, tuple[dict[str, tuple[Item, ...]], str]] = {
     "too large": ({"train": (Item("0.png", 3),)}, "'0.png' the label 3, and its 3 classes are 0 "),
+    "below none": ({"train": (Item("0.png", -2),)}, "'0.png' the label -2, and its 3 classes"),
     "unknown": ({"test": (Item("3.png", -1),)}, "'3.png' the label -1, and its 3 classes"),
     "NumPy's": ({"train": (Item("0.png", np.int64(1)),)}, r"the label .*1\)?, .* a plain int"),  # type: ignore[arg-type]
     "absolute": ({"train": (Item("/0.png", 0),)}, "'/0.png', which does not name a file below"),

@@ -93,6 +93,28 @@ def test_no_labels_at_all(tmp_path: Path) -> None:
     assert source.split_seed is None and not source.test
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_images_without_labels_are_never_held_out(tmp_path: Path, seed: int) -> None:
+    files = [f"{number}.jpg" for number in range(30)]
+    lines = [
+        f"{file},{'' if number % 3 else 'x' * (1 + number % 2)}"
+        for number, file in enumerate(files)
+    ]
+    source = listed(tmp_path, "\n".join(["path,label", *lines]), *files, seed=seed)
+    assert source.class_names == ("x", "xx")
+    assert Counter(item.label for item in source.test) == {0: 1, 1: 1}
+    assert Counter(item.label for item in source.train) == {-1: 20, 0: 4, 1: 4}
+    known = [Item(f"{number}.jpg", number % 2) for number in range(0, 30, 3)]
+    assert source.test == stratified(known, seed=seed, one_in=5)[1]
+
+
+def test_with_a_split_training_images_may_have_no_label(tmp_path: Path) -> None:
+    text = "path,label,split\na,x,train\nb,,train\nc,x,test\nd,y,train\n"
+    source = listed(tmp_path, text, *"abcd")
+    assert source.train == (Item("a", 0), Item("b", -1), Item("d", 1))
+    assert source.test == (Item("c", 0),) and source.class_names == ("x", "y")
+
+
 def test_missing_files_and_links_out_are_named_with_their_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "secret.jpg").touch()
@@ -144,12 +166,12 @@ SPLIT = "path,label,split\n"
         (HEAD + ",x\n", "line 2: '' is no path; give each line a file"),
         (HEAD + "a\0b,x\n", "line 2"),
         (HEAD + "a,x\nb,x\n./a,y\n", "line 4: 'a' stands in line 2 already; remove one"),
-        (HEAD + "a,x\nb,\n", "line 3: 'b' has no label; give every image one, or none"),
         (SPLIT + "a,x,train\nb,x,\n", "line 3: the split is ''; write train or test"),
         (SPLIT + "a,x,train\nb,x,dev\n", "line 3: the split is 'dev'; write"),
         (SPLIT + "a,x,train\nb,y,test\n", "line 3: no image to train on has the label 'y'"),
-        (SPLIT + "a,,train\nb,y,test\n", "line 3: 'b' has a label; label those to train on too"),
-        (SPLIT + "a,,train\nb,,test\n", "line 3: a test image without a label; label all"),
+        (SPLIT + "a,,train\nb,y,test\n", "line 3: no image to train on has the label 'y'"),
+        (SPLIT + "a,,train\nb,,test\n", "line 3: a test image without a label; label it, or"),
+        (SPLIT + "a,x,train\nb,,val\n", "line 3: a test image without a label; label it, or"),
         (SPLIT + "a,x,test\n", "has no line of the split train: give some"),
         (HEAD + "gone,x\n", "lists no file that is there, the first 'gone' .*line 2.*relative to"),
     ],

@@ -66,13 +66,14 @@ Split = tuple[tuple[Item, ...], tuple[Item, ...]]
 def stratified(items: Sequence[Item], *, seed: int, one_in: int) -> Split:
     """Hold one image in `one_in` of every class out for testing, in the order given.
 
-    A class of two or more gives at least one image, a class of one gives none. Which ones is
-    a function of the seed and the file names alone, so that adding a class moves no image of
-    another.
+    A class of two or more gives at least one image; a class of one, and images without labels,
+    give none. Which ones is a function of the seed and the file names alone, so that adding a
+    class moves no image of another.
     """
     classes = defaultdict(list)
     for item in items:
-        classes[item.label].append(item.file)
+        if item.label >= 0:
+            classes[item.label].append(item.file)
     held: set[str] = set()
     for files in classes.values():
         count = max(len(files) // one_in, 1) if len(files) > 1 else 0

@@ -2,16 +2,18 @@
 
 train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; see below
 CLASS/*.jpg                              one image in five of every class held out for testing
+unlabelled/*.jpg                         beside either: more for pretraining alone
 *.jpg                                    no labels: all of them for pretraining
 photos.csv                               a table of paths and labels, see `table.py`
 
-training/ serves as train/; testing/, val/, valid/ and validation/ as test/; capitals do not matter.
+training/ serves as train/; testing/, val/, valid/ and validation/ as test/; unlabeled/ as
+unlabelled/; capitals do not matter.
 Links to files within the folder are followed, other links are named and left out.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +24,7 @@ from fastidmm.preparing.table import read
 from fastidmm.terminal import printable
 
 TRAIN_NAMES = ("train", "training")
+UNLABELLED_NAMES = ("unlabelled", "unlabeled")
 SOME = 3  # files to name where none can be read
 
 
@@ -69,13 +72,16 @@ class Folder:
             )
         tops = {path.parts[0] for path in listing.images if len(path.parts) > 1}
         train, test = _called(tops, TRAIN_NAMES), _called(tops, TEST_NAMES)
-        if train and (test or tops == {train}):
-            return _split_given(root, listing, train, test)
+        bare = {top for top in tops if top.lower() in UNLABELLED_NAMES}
+        classes = tops - bare
+        if train and (test or classes == {train}):
+            return _split_given(root, listing, train, test, bare)
         if train:
             _check_no_split(root, listing, train)
         # One stray folder beside the photographs does not make classes.
-        if len(tops) > 1 or all(len(path.parts) > 1 for path in listing.images):
-            return _split_made(root, listing, seed)
+        loose = any(len(path.parts) == 1 for path in listing.images)
+        if len(classes) > 1 or (classes and not loose):
+            return _split_made(root, listing, seed, bare)
         return _unlabelled(root, listing, listing.images)
 
 
@@ -157,15 +163,15 @@ def _check_no_split(root: Path, listing: _Listing, train: str) -> None:
             )
 
 
-def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str) -> Source:
-    """The split that the folders train/ and test/ make."""
+def _split_given(
+    root: Path, listing: _Listing, train_name: str, test_name: str, bare: Collection[str]
+) -> Source:
+    """The split that the folders train/ and test/ make; those in `bare` are for training, too."""
     train, test = (
-        _by_class([path for path in listing.images if path.parts[0] == split], depth=1)
-        for split in (train_name, test_name)
+        _by_class(_below(listing, {split}), depth=1) for split in (train_name, test_name)
     )
     if not train:
-        images = [path for path in listing.images if path.parts[0] == train_name]
-        return _unlabelled(root, listing, images)
+        return _unlabelled(root, listing, _below(listing, {train_name, *bare}))
     unknown = sorted(set(test.values()) - set(train.values()))
     if unknown:
         raise DataError(
@@ -173,46 +179,61 @@ def _split_given(root: Path, listing: _Listing, train_name: str, test_name: str)
             f"{', '.join(map(printable, unknown))}; rename or remove them."
         )
     names = sorted(set(train.values()))
+    spare = _classless(_below(listing, bare))
     return Source(
         description=f"photographs in {train_name}/" + (f" and {test_name}/" if test_name else ""),
         root=root,
         class_names=tuple(names),
-        train=_items(train, names),
+        train=_items(train, names) + spare,
         test=_items(test, names),
-        unusable=listing.left_out({*train, *test}, "outside the class folders", test_name),
+        unusable=listing.left_out(
+            {*train, *test, *(item.file for item in spare)}, "outside the class folders", test_name
+        ),
         notes=_empty(root / train_name, names),
         own=True,
     )
 
 
-def _split_made(root: Path, listing: _Listing, seed: int) -> Source:
-    """A split of our own of the class folders in `root`."""
-    files = _by_class(listing.images, depth=0)
+def _split_made(root: Path, listing: _Listing, seed: int, bare: Collection[str]) -> Source:
+    """A split of our own of the class folders in `root`; those in `bare` are for training."""
+    spare = set(_below(listing, bare))
+    files = _by_class([path for path in listing.images if path not in spare], depth=0)
     names = sorted(set(files.values()))
     train, test, notes = held_out(_items(files, names), names, seed)
     return Source(
         description="photographs in a folder per class",
         root=root,
         class_names=tuple(names),
-        train=train,
+        train=train + _classless(spare),
         test=test,
         split_seed=seed if test else None,
-        unusable=listing.left_out(files, "outside the class folders"),
-        notes=_empty(root, names) + notes,
+        unusable=listing.left_out({*files, *map(str, spare)}, "outside the class folders"),
+        notes=_empty(root, [*names, *bare]) + notes,
         own=True,
     )
 
 
 def _unlabelled(root: Path, listing: _Listing, images: list[PurePosixPath]) -> Source:
-    files = sorted(str(path) for path in images)
+    train = _classless(images)
     return Source(
         description="photographs without labels",
         root=root,
         class_names=(),
-        train=tuple(Item(file, -1) for file in files),
-        unusable=listing.left_out(files, "outside train/, which has no class folders"),
+        train=train,
+        unusable=listing.left_out(
+            {item.file for item in train}, "outside train/, which has no class folders"
+        ),
         own=True,
     )
+
+
+def _below(listing: _Listing, folders: Collection[str]) -> list[PurePosixPath]:
+    """The images in some of the folders at the top."""
+    return [path for path in listing.images if path.parts[0] in folders]
+
+
+def _classless(images: Iterable[PurePosixPath]) -> tuple[Item, ...]:
+    return tuple(Item(file, -1) for file in sorted(map(str, images)))
 
 
 def _by_class(images: list[PurePosixPath], *, depth: int) -> dict[str, str]:

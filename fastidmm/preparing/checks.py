@@ -38,7 +38,8 @@ def check(
     num = len(train.files)
     exact, near = (like >= 0) & (bits == 0), (like >= 0) & (bits > 0)
     labels = np.array([*train.labels, *test.labels], np.int64)
-    differ = (like >= 0) & (labels != labels[like])
+    known = (labels >= 0) & (labels[like] >= 0)
+    differ = (like >= 0) & known & (labels != labels[like])
 
     def cases(kept: Any) -> Found:
         rows = np.nonzero(kept)[0]
@@ -93,9 +94,9 @@ def _case(
     case: Case = {"file": split.files[place], "like": train.files[other]}
     if bits[row]:
         case["bits"] = int(bits[row]) - 1
-    if class_names and split.labels[place] != train.labels[other]:
-        case["label"] = class_names[split.labels[place]]
-        case["like_label"] = class_names[train.labels[other]]
+    own, its = split.labels[place], train.labels[other]
+    if own != its and min(own, its) >= 0:
+        case |= {"label": class_names[own], "like_label": class_names[its]}
     return case
 
 

@@ -271,6 +271,12 @@ def _described(wanted: _Wanted, packed: dict[str, Packed], tally: _Tally) -> Des
             "not the whole official split: scores do not compare with published ones until the "
             "unusable files are got again and the dataset is prepared anew",
         )
+    train = packed["train"].labels
+    if source.class_names and (bare := train.count(-1)):
+        notes += (
+            f"{bare:,} of the {len(train):,} training images have no label: pretraining learns "
+            "from all, fine-tuning and scores from the others",
+        )
     return {
         "reader_version": READER_VERSION,
         "name": wanted.name,

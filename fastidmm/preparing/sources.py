@@ -10,12 +10,13 @@ from fastidmm.errors import DataError
 def check_source(source: Source, name: str) -> None:
     """Refuse files outside the root, files listed again, and labels without a class.
 
-    A store would take them, and could not be opened, or be scored on what it was trained on.
+    Training images may have none, -1, and test images where there are no classes. A store would
+    take the others, and could not be opened, or be scored on what it was trained on.
     """
     num = len(source.class_names)
-    lowest, highest = (0, num - 1) if num else (-1, -1)
     seen: set[str] = set()
-    for item in chain(source.train, source.test):
+    for place, item in enumerate(chain(source.train, source.test)):
+        lowest = 0 if num and place >= len(source.train) else -1
         file, label = item.file, item.label
         whole = normpath(file)  # one spelling of a file that has several
         outside = whole.startswith(("/", "../")) or whole in (".", "..")
@@ -30,7 +31,7 @@ def check_source(source: Source, name: str) -> None:
                 "one of its splits."
             )
         seen.add(file if whole == file else whole)
-        if type(label) is not int or not lowest <= label <= highest:
+        if type(label) is not int or not lowest <= label < num:
             known = f"its {num} classes are 0 to {num - 1}" if num else "it has no classes, only -1"
             raise DataError(
                 f"the dataset {name!r} gives {file!r} the label {label!r}, and {known}: give each "

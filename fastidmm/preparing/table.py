@@ -5,7 +5,7 @@
     dogs/7.jpg,dog,test       testing, val, valid and validation serve as test
 
 UTF-8, comma separated, quoted where needed. Labels are text; the classes are their sorted names.
-Where every label is empty there are none, and all photographs are for pretraining.
+A training image whose label is empty is for pretraining alone; where all are, there are no classes.
 """
 
 import csv
@@ -204,20 +204,17 @@ def _source(
 
 def _names(table: _Table, rows: list[_Row]) -> tuple[str, ...]:
     """The classes; every test image must be of one that is trained on."""
-    trained = {row.label for row in rows if row.split in ("train", "")}
+    trained = [row.label for row in rows if row.split in ("train", "")]
     if not trained:
         raise DataError(f"{table.path} has no line of the split train: give some images to it.")
+    names = {label for label in trained if label}
     for row in rows:
-        labelled = any(trained)
-        if labelled != bool(row.label):
-            remedy = "give every image one, or none" if labelled else "label those to train on too"
-            table.wrong(f"{row.file!r} has {'no' if labelled else 'a'} label", remedy, row.line)
-        if row.label not in trained:
+        if row.label and row.label not in names:
             table.wrong(
                 f"no image to train on has the label {row.label!r}",
                 "rename it or add such images",
                 row.line,
             )
-        if not labelled and row.split in TEST_NAMES:
-            table.wrong("a test image without a label", "label all images", row.line)
-    return tuple(sorted(trained)) if any(trained) else ()
+        if not row.label and row.split in TEST_NAMES:
+            table.wrong("a test image without a label", "label it, or write train", row.line)
+    return tuple(sorted(names))

@@ -124,7 +124,7 @@ def _verdict(stage: Stage, data: Data, evaluation: dict[str, Any] | None) -> str
     if classes and not stage.record.recipe.run.init:
         return "Trained from random weights: there is no pretraining to tell of."
     if evaluation:
-        cause = f"Pretraining on these {evaluation['num_train']:,} images"
+        cause = f"Pretraining on these {stage.environment['num_train']:,} images"
         if classes:
             start = stage.record.init
             cause = f"Beginning with {start.parent.parent.name if start else 'timm'}'s weights"
