@@ -58,6 +58,7 @@ def test_the_likeliest_class_by_the_last_stage(toy: str) -> None:
         assert labels == expected.argmax(1).tolist()
         sure = torch.tensor([row["probability"] for row in found], dtype=torch.float64)
         torch.testing.assert_close(sure, expected.max(1).values, rtol=0, atol=1e-5)
+        assert [row["split"] for row in found] == ["train"] * 20 + ["test"] * 8
     assert told("photos") == rows
 
 
@@ -92,6 +93,9 @@ def test_new_photographs_of_no_class(toy: str, typed: Type, photos: MakePhotos) 
     for found, row in zip(table, rows, strict=True):
         assert found["class"] == row["class"] and found.keys() == row.keys()
         assert abs(float(found["probability"]) - row["probability"]) <= 5e-5
+    assert typed("predict", "one", "--from", "toy", "--out", "toy.csv")[0] == 0
+    with open("toy.csv", encoding="utf-8", newline="") as file:
+        assert [row["split"] for row in csv.DictReader(file)] == ["train"] * 20 + ["test"] * 8
 
 
 def test_what_is_refused(toy: str, typed: Type) -> None:

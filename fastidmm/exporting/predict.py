@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastidmm.preparing.summary import counted, shown
 from fastidmm.scoring import classifiers
 from fastidmm.terminal import line
 
-COLUMNS = "path", "class", "probability"
+COLUMNS = "path", "class", "probability", "split"
 SHOWN = 10  # classes, those of most photographs, where all of them are in a file
 
 
@@ -30,7 +31,8 @@ def predict(
     """The likeliest class of a source's photographs, written to the file `out` if there is one.
 
     By the stage given, or the last of the run's that counts. A probability is what softmax makes
-    of the logits: smoothed and mixed labels keep it below how often it is right.
+    of the logits: smoothed and mixed labels keep it below how often it is right. Where a source
+    has several splits, each row names its own.
     """
     if out is not None:
         if out.suffix.lower() != ".csv":
@@ -47,9 +49,13 @@ def predict(
         for found, named in seen:
             best = found.softmax(1).max(1)
             told_of = zip(named, best.indices.tolist(), best.values.tolist(), strict=True)
-            rows += [(as_utf8(row.file), names[label], share) for row, label, share in told_of]
+            rows += [
+                (as_utf8(row.file), names[label], share, row.split) for row, label, share in told_of
+            ]
+        several = len({split for *_, split in rows}) > 1
+        columns = COLUMNS if several else COLUMNS[:-1]
         if file is not None:
-            file.write(_as_csv(rows))
+            file.write(_as_csv(columns, rows))
     return {
         "run": str(known.record.folder),
         "checkpoint": str(known.checkpoint),
@@ -57,7 +63,7 @@ def predict(
         "file": None if out is None else str(out),
         "num": len(rows),
         "left_out": [asdict(left) for left in told.left_out],
-        "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+        "rows": [dict(zip(columns, row, strict=False)) for row in rows],
     }
 
 
@@ -72,11 +78,12 @@ def classifier_of(run: Path) -> Path:
     return done[-1].folder
 
 
-def _as_csv(rows: list[tuple[str, str, float]]) -> bytes:
+def _as_csv(columns: Sequence[str], rows: list[tuple[str, str, float, str]]) -> bytes:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows((path, name, f"{probability:.4f}") for path, name, probability in rows)
+    table.writerow(columns)
+    for path, name, probability, split in rows:
+        table.writerow((path, name, f"{probability:.4f}", split)[: len(columns)])
     return text.getvalue().encode()
 
 
