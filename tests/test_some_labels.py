@@ -83,6 +83,17 @@ def test_training_folders_alone_are_no_classes_beside_it(tmp_path: Path) -> None
     assert source.class_names == ("a", "b") and not source.test and source.split_seed is None
 
 
+def test_test_images_are_no_class_to_train_on(tmp_path: Path) -> None:
+    for file in ("test/a/0.jpg", "unlabelled/1.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    source = Folder().open(from_=tmp_path, seed=0)
+    assert names(source) == [("unlabelled/1.jpg", -1)] and not source.test
+    assert [(left.file, left.reason) for left in source.unusable] == [
+        ("test/a/0.jpg", "no train/ beside it")
+    ]
+
+
 def test_the_store_tells_which_have_labels(some: Summary) -> None:
     store = open_store(folder_of("some"), "train")
     assert store.label.tolist() == [0] * 10 + [1] * 10 + [-1] * 12

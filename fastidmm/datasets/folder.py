@@ -76,6 +76,9 @@ class Folder:
         classes = tops - bare
         if train and (test or classes == {train}):
             return _split_given(root, listing, train, test, bare)
+        if bare and classes == {test}:
+            # Not one class more to train on.
+            return _unlabelled(root, listing, _below(listing, bare), "no train/ beside it")
         if train:
             _check_no_split(root, listing, train)
         # One stray folder beside the photographs does not make classes.
@@ -213,16 +216,19 @@ def _split_made(root: Path, listing: _Listing, seed: int, bare: Collection[str])
     )
 
 
-def _unlabelled(root: Path, listing: _Listing, images: list[PurePosixPath]) -> Source:
+def _unlabelled(
+    root: Path,
+    listing: _Listing,
+    images: list[PurePosixPath],
+    others: str = "outside train/, which has no class folders",
+) -> Source:
     train = _classless(images)
     return Source(
         description="photographs without labels",
         root=root,
         class_names=(),
         train=train,
-        unusable=listing.left_out(
-            {item.file for item in train}, "outside train/, which has no class folders"
-        ),
+        unusable=listing.left_out({item.file for item in train}, others),
         own=True,
     )
 
