@@ -26,7 +26,8 @@ from fastidmm.watch import Watch
 
 SURROUNDINGS = ("fastidmm", "torch", "python", "machine", "device", "threads")
 MEMORY_OF_STRIKES = 100  # steps
-HEARD = b" stopping once this step is made and kept; asked again, at once.\n"
+# Three lines down, since the next rows are drawn over as many as the last: over empty ones.
+HEARD = b" stopping once this step is made and kept; asked again, at once.\n\n\n"
 
 
 def train(record: Record) -> dict[str, float]:

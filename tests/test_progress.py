@@ -8,6 +8,7 @@ import time
 import pytest
 
 from fastidmm.progress import Pace, Progress, say, spoken
+from fastidmm.train import HEARD
 from fastidmm.watch import Watch
 
 LINE = {"epoch": 1, "loss": 3.0, "knn_top1": 0.25, "images_per_second": 99.6, "data_wait": 0.031}
@@ -71,6 +72,30 @@ def test_a_terminal_of_any_width_shows_one_block_below_what_was_said(
     )
     assert all(len(row) <= width for row in rows)
     assert terminal.getvalue().rfind("\x1b[?25h") > terminal.getvalue().rfind("\x1b[?25l")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_an_answered_signal_leaves_what_was_shown(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """The rows that stood there with the answer at their end, and below them the next rows."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with shown(8) as running:
+        running.shown = -float("inf")
+        running.show(LINE | {"step": 4})
+        terminal.write("^C" + HEARD.decode())
+        before = screen(terminal.getvalue(), width)
+        running.shown = -float("inf")
+        running.show(LINE | {"step": 5, "loss": 2.0})
+    *rows, last = screen(terminal.getvalue(), width)
+    told = [row for row in before if row]
+    assert "step 4/8" in told[1] and "^C stopping once" in "".join(told[2:])
+    assert rows[: len(told)] == told and last == ""
+    bar, where, figures = [row for row in rows[len(told) :] if row]
+    assert "━" in bar and "step 5/8" in where and figures.startswith("loss 2.000")
 
 
 def test_a_killed_run_leaves_a_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
