@@ -336,10 +336,11 @@ def features_seen(parts: Parts, stop: Stop) -> dict[str, float]:
     )
     found = {}
     if store.learnable:
-        known = (store.label >= 0).nonzero()[:, 0]
-        near, labels = features[known], store.label[known]
-        votes = knn(near, labels, near, store.num_classes, own=True, stop=stop)
-        found["knn_top1"] = score(votes, labels).value
+        known, near = store.with_labels(), features
+        if len(known) < len(store):  # a million features are not copied for nothing
+            near = features[store.label >= 0]
+        votes = knn(near, known.label, near, known.num_classes, own=True, stop=stop)
+        found["knn_top1"] = score(votes, known.label).value
     found |= {
         "spread": spread(features),
         "rankme": rankme(features),
