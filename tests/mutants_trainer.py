@@ -121,7 +121,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
     "skipped steps forgotten": ((TRAIN, "train::test_a_skip_before_a_signal_is_not_forgotten"), [("            state.skipped = float(skipped_since)\n", "")]),
     "another dataset gone on with": ((ASSEMBLE, "train::test_a_dataset_prepared_anew_is_noticed"), [('if fingerprint != record.environment()["train_fingerprint"]', "if not fingerprint")]),
     # Measuring.
-    "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("store.num_classes, own=True, ", "store.num_classes, ")]),
+    "an image its own neighbour": ((TRAIN, "evaluate::test_the_knn_of_a_metric_line_leaves_each_image_out"), [("known.num_classes, own=True, ", "known.num_classes, ")]),
     "own neighbours beyond the first part": ((EVALUATE, "evaluate::test_leaving_one_out_crosses_chunks"), [("similar[place, start + place]", "similar[place, place]")]),
     "pretraining measured on test images": (
         (TRAIN, UNREAD), [("from fastidmm.store import Store", "from fastidmm.store import Store, folder_of, open_store"),

@@ -80,6 +80,13 @@ def test_readme(typed: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("page", ["log.md", "results.md"])
 def test_measurements(typed: Callable[[str], None], page: str) -> None:
     Path("flowers").symlink_to(Path("~/photos").expanduser())
+    rows = [  # of three photographs of a class two have their label
+        f"photos/{split}/class{label}/00{number}.png,{label if number else ''},{split}"
+        for split, numbers in (("train", (0, 1, 2)), ("test", (1, 2)))
+        for label in range(2)
+        for number in numbers
+    ]
+    Path("some.csv").write_text("\n".join(["path,label,split", *rows]))
     found = lines(f"docs/{page}")
     assert len(found) > 3
     for line in found:
