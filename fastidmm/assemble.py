@@ -91,11 +91,11 @@ def training_rows(recipe: Recipe) -> Store:
     store = open_store(folder_of(recipe.run.dataset), "train")
     if recipe.run.holdout or recipe.run.num_images:
         store = store.select(split_rows(recipe, store)[0])
+    if len(store) < 2:
+        raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
     if find("method", recipe.run.method).needs_labels:
         check_labels(store, recipe.run.dataset)
         store = store.with_labels()
-    if len(store) < 2:
-        raise DataError(f"{recipe.run.dataset!r} has {len(store)} training image; 2 are needed.")
     return store
 
 
@@ -158,13 +158,18 @@ def judging_rows(recipe: Recipe, store: Store) -> Store | None:
 
 def check_labels(store: Store, name: str) -> None:
     """Refuse images that no classifier can be learnt from."""
-    if not store.labelled:
+    if not store.num_classes:
         raise DataError(
             f"the images of {name!r} have no labels: fine-tuning and evaluation need a folder per "
             "class (CLASS/*.jpg); prepare them so."
         )
     if store.num_classes < 2:
         raise DataError(f"{name!r} has one class; a classifier needs at least 2.")
+    if (known := store.num_labelled) < 2:
+        raise DataError(
+            f"of the {len(store):,} images of {name!r} to learn from {known or 'none'} has a "
+            "label, and fine-tuning and evaluation need 2: raise run.num_images, or label more."
+        )
 
 
 def build_method(recipe: Recipe, store: Store, counters: Counters) -> Method:

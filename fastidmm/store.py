@@ -88,9 +88,14 @@ class Store:
         return self.pixels.device == self.device or self.pixels.is_pinned()
 
     @property
+    def num_labelled(self) -> int:
+        """How many images have a class."""
+        return int((self.label >= 0).sum())
+
+    @property
     def labelled(self) -> bool:
         """Whether any image has a class."""
-        return bool((self.label >= 0).any())
+        return self.num_labelled > 0
 
     @property
     def num_classes(self) -> int:
@@ -99,8 +104,8 @@ class Store:
 
     @property
     def learnable(self) -> bool:
-        """Whether there are classes to tell apart, and images of them."""
-        return self.labelled and self.num_classes > 1
+        """Whether there are classes to tell apart, and images of them: one alone has no other."""
+        return self.num_labelled > 1 and self.num_classes > 1
 
     def image(self, row: int) -> Tensor:
         """One image as it lies in the store: (height, width, 3) uint8."""

@@ -14,12 +14,13 @@ from fastidmm.backbones.build import build_encoder, load_weights
 from fastidmm.chance import Counters
 from fastidmm.datasets import Source
 from fastidmm.datasets.folder import Folder
-from fastidmm.errors import UsageError
+from fastidmm.errors import DataError, UsageError
 from fastidmm.evaluate import knn, outputs, score
 from fastidmm.preparing.prepare import prepare
 from fastidmm.preparing.summary import Summary
 from fastidmm.record import Record, encoder_weights
 from fastidmm.reporting.report import write
+from fastidmm.run import run_all
 from fastidmm.store import folder_of, open_store
 
 
@@ -131,6 +132,35 @@ def test_none_without_a_label_is_held_out(some: Summary) -> None:
     assert tuned.row.tolist() == [row for row in learnt.tolist() if row < 20]
     with pytest.raises(UsageError, match=r"--holdout 0.02 would hold none of 20 images out"):
         split_rows(recipe(dataset="some", holdout=0.02), store)
+
+
+@pytest.mark.parametrize(("num", "labels"), [(3, "none"), (6, "1")])
+def test_too_few_labels_are_told_before_the_first_step(
+    toy: str, tmp_path: Path, num: int, labels: str
+) -> None:
+    """One label is no more than none: it has no neighbour, and no other class."""
+    photos = tmp_path / "photos"
+    for label in (0, 1):
+        for path in (photos / "train" / f"class{label}").glob("00[1-9].png"):
+            path.rename(tmp_path / f"{label}{path.name}")
+    more = make_photos(tmp_path / "more", per_class=8, classes=1, side=28)
+    (more / "class0").rename(photos / "unlabelled")
+    prepare(Folder().open(from_=photos, seed=0), "few", workers=0, quiet=True)
+    few = recipe(dataset="few", num_images=num, epochs=1)
+    assert not training_rows(few).learnable
+    told = f"of the {num} images of 'few' to learn from {labels} has a label, .* raise run.num_"
+    stages.pretrain(few, "run")
+    assert all("knn_top1" not in line for line in Record(RUN).metrics())
+    assert not any(command.startswith("fastidmm finetune") for command in stages.following(RUN))
+    with pytest.raises(DataError, match=told):
+        run_all(few, "other")
+    assert not Path("runs/other").exists()
+    with pytest.raises(DataError, match=told):
+        stages.finetune(RUN, FIRST, [])
+    with pytest.raises(DataError, match=told):
+        scoring.evaluate(RUN)
+    with pytest.raises(DataError, match=told):
+        stages.pretrain(recipe(dataset="few", num_images=num, method="supervised"), "labels")
 
 
 def test_learning_classes_is_as_without_the_others(
