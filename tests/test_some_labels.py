@@ -84,14 +84,20 @@ def test_training_folders_alone_are_no_classes_beside_it(tmp_path: Path) -> None
     assert source.class_names == ("a", "b") and not source.test and source.split_seed is None
 
 
-def test_test_images_are_no_class_to_train_on(tmp_path: Path) -> None:
-    for file in ("test/a/0.jpg", "unlabelled/1.jpg"):
-        (tmp_path / file).parent.mkdir(parents=True)
+@pytest.mark.parametrize("tests", [("test",), ("test", "val"), ("Val", "test", "validation")])
+@pytest.mark.parametrize("loose", [(), ("0.jpg",)])
+def test_test_images_are_no_class_to_train_on(
+    tmp_path: Path, tests: tuple[str, ...], loose: tuple[str, ...]
+) -> None:
+    held = [f"{name}/a/0.jpg" for name in tests]
+    for file in (*held, *loose, "unlabelled/1.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     source = Folder().open(from_=tmp_path, seed=0)
-    assert names(source) == [("unlabelled/1.jpg", -1)] and not source.test
+    assert names(source) == [(file, -1) for file in (*loose, "unlabelled/1.jpg")]
+    assert not source.test
     assert [(left.file, left.reason) for left in source.unusable] == [
-        ("test/a/0.jpg", "no train/ beside it")
+        (file, "no train/ beside it") for file in sorted(held)
     ]
 
 

@@ -76,9 +76,11 @@ class Folder:
         classes = tops - bare
         if train and (test or classes == {train}):
             return _split_given(root, listing, train, test, bare)
-        if bare and classes == {test}:
-            # Not one class more to train on.
-            return _unlabelled(root, listing, _below(listing, bare), "no train/ beside it")
+        tests = {top for top in classes if top.lower() in TEST_NAMES}
+        if bare and tests and classes == tests:
+            # No classes to train on, be they several.
+            images = [path for path in listing.images if path.parts[0] not in tests]
+            return _unlabelled(root, listing, images, "no train/ beside it")
         if train:
             _check_no_split(root, listing, train)
         # One stray folder beside the photographs does not make classes.
