@@ -75,6 +75,36 @@ def test_train_without_classes_takes_those_beside_it(tmp_path: Path) -> None:
     assert names(source) == [("train/0.jpg", -1), ("unlabelled/1.jpg", -1)]
 
 
+@pytest.mark.parametrize("tested", ["a", "unlabelled"])
+def test_within_train_it_is_no_class_but_where_it_has_test_images(
+    tmp_path: Path, tested: str
+) -> None:
+    train = [f"train/{name}/{number}.jpg" for name in ("a", "unlabelled", "z") for number in "01"]
+    for file in (*train, f"test/{tested}/2.jpg", "unlabelled/3.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    source = Folder().open(from_=tmp_path, seed=0)
+    classes = {"a": ("a", "z"), "unlabelled": ("a", "unlabelled", "z")}[tested]
+    assert source.class_names == classes and not source.unusable and source.notes == ()
+    assert [(item.file, item.label) for item in source.test] == [
+        (f"test/{tested}/2.jpg", classes.index(tested))
+    ]
+    known = {name: number for number, name in enumerate(classes)}
+    assert dict(names(source)) == {
+        **{file: known.get(file.split("/")[1], -1) for file in train},
+        "unlabelled/3.jpg": -1,
+    }
+
+
+def test_train_may_hold_nothing_else(tmp_path: Path) -> None:
+    for file in ("train/unlabelled/0.jpg", "test/a/1.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    source = Folder().open(from_=tmp_path, seed=0)
+    assert names(source) == [("train/unlabelled/0.jpg", -1)]
+    assert not source.class_names and not source.test
+
+
 def test_training_folders_alone_are_no_classes_beside_it(tmp_path: Path) -> None:
     for file in ("train/a/0.jpg", "train/b/1.jpg", "unlabelled/2.jpg"):
         (tmp_path / file).parent.mkdir(parents=True)

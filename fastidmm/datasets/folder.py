@@ -2,7 +2,7 @@
 
 train/CLASS/*.jpg and test/CLASS/*.jpg   the split as it is; see below
 CLASS/*.jpg                              one image in five of every class held out for testing
-unlabelled/*.jpg                         beside either: more for pretraining alone
+unlabelled/*.jpg                         beside either, or in train/: more for pretraining alone
 *.jpg                                    no labels: all of them for pretraining
 photos.csv                               a table of paths and labels, see `table.py`
 
@@ -72,7 +72,7 @@ class Folder:
             )
         tops = {path.parts[0] for path in listing.images if len(path.parts) > 1}
         train, test = _called(tops, TRAIN_NAMES), _called(tops, TEST_NAMES)
-        bare = {top for top in tops if top.lower() in UNLABELLED_NAMES}
+        bare = _bare(tops)
         classes = tops - bare
         if train and (test or classes == {train}):
             return _split_given(root, listing, train, test, bare)
@@ -175,6 +175,10 @@ def _split_given(
     train, test = (
         _by_class(_below(listing, {split}), depth=1) for split in (train_name, test_name)
     )
+    # With test images of its own it is a class that is called so.
+    within = _bare({*train.values()} - {*test.values()})
+    inside = [PurePosixPath(file) for file, name in train.items() if name in within]
+    train = {file: name for file, name in train.items() if name not in within}
     if not train:
         return _unlabelled(root, listing, _below(listing, {train_name, *bare}))
     unknown = sorted(set(test.values()) - set(train.values()))
@@ -184,7 +188,7 @@ def _split_given(
             f"{', '.join(map(printable, unknown))}; rename or remove them."
         )
     names = sorted(set(train.values()))
-    spare = _classless(_below(listing, bare))
+    spare = _classless([*_below(listing, bare), *inside])
     return Source(
         description=f"photographs in {train_name}/" + (f" and {test_name}/" if test_name else ""),
         root=root,
@@ -194,7 +198,7 @@ def _split_given(
         unusable=listing.left_out(
             {*train, *test, *(item.file for item in spare)}, "outside the class folders", test_name
         ),
-        notes=_empty(root / train_name, names),
+        notes=_empty(root / train_name, [*names, *within]),
         own=True,
     )
 
@@ -233,6 +237,11 @@ def _unlabelled(
         unusable=listing.left_out({item.file for item in train}, others),
         own=True,
     )
+
+
+def _bare(names: Collection[str]) -> set[str]:
+    """Those folders whose images have no label."""
+    return {name for name in names if name.lower() in UNLABELLED_NAMES}
 
 
 def _below(listing: _Listing, folders: Collection[str]) -> list[PurePosixPath]:
