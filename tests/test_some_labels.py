@@ -146,6 +146,23 @@ def test_the_store_tells_which_have_labels(some: Summary) -> None:
     )
 
 
+@pytest.mark.parametrize(("classes", "bare"), [(1, 2), (2, 1), (2, 2)])
+def test_fine_tuning_is_told_of_where_there_is_any(
+    home: Path, tmp_path: Path, classes: int, bare: int
+) -> None:
+    photos = make_photos(tmp_path / "photos", per_class=2, classes=classes)
+    more = make_photos(tmp_path / "more", per_class=bare, classes=1, side=28)
+    (more / "class0").rename(photos / "unlabelled")
+    told = prepare(Folder().open(from_=photos, seed=0), "few", workers=0, quiet=True)
+    verb = "has" if bare == 1 else "have"
+    count = f"{bare} of the {2 + bare} training images {verb} no label: pretraining learns from all"
+    assert told.notes == (
+        (f"{count}, fine-tuning and scores from the others",)
+        if classes > 1
+        else ("one class only (class0), so every image is for training",)
+    )
+
+
 def test_a_copy_without_a_label_has_no_other_label(toy: str, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     (photos / "unlabelled").mkdir()

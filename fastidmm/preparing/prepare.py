@@ -272,10 +272,11 @@ def _described(wanted: _Wanted, packed: dict[str, Packed], tally: _Tally) -> Des
             "unusable files are got again and the dataset is prepared anew",
         )
     train = packed["train"].labels
-    if source.class_names and (bare := train.count(-1)):
+    # One class is nothing to fine-tune on, as another note says.
+    if len(source.class_names) > 1 and (bare := train.count(-1)):
         notes += (
-            f"{bare:,} of the {len(train):,} training images have no label: pretraining learns "
-            "from all, fine-tuning and scores from the others",
+            f"{bare:,} of the {len(train):,} training images {'has' if bare == 1 else 'have'} no "
+            "label: pretraining learns from all, fine-tuning and scores from the others",
         )
     return {
         "reader_version": READER_VERSION,
