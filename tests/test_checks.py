@@ -112,6 +112,17 @@ def test_a_repeated_picture_is_not_told_as_alike_too() -> None:
     assert found["alike_in_test"]["cases"][1] == {"file": "h", "like": "a", "bits": 1}
 
 
+def test_a_copy_without_a_label_hides_no_label_that_differs() -> None:
+    train = packed(("0.png", -1, "x", 1), ("1.png", 0, "x", 1), ("2.png", 1, "x", 1))
+    found = check(train, packed(("3.png", 1, "x", 1)), ("a", "b"), ())
+    other = {"like": "1.png", "label": "b", "like_label": "a"}
+    bare = {"file": "0.png", "like": "1.png"}
+    assert found["same_in_train"] == {"count": 2, "cases": [bare, {"file": "2.png", **other}]}
+    assert found["same_in_test"] == {"count": 1, "cases": [{"file": "3.png", **other}]}
+    assert [case["file"] for case in found["labels_differ"]["cases"]] == ["2.png", "3.png"]
+    assert not found["alike_in_train"]["count"] and not found["alike_in_test"]["count"]
+
+
 def test_five_images_are_enough_and_32_px_not_tiny() -> None:
     """Four of one class and five of the other; a side of 31 px is."""
     train = packed(*((str(n), n % 2, str(n), None) for n in range(5)))

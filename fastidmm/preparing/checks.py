@@ -61,8 +61,9 @@ def check(
 
 
 def _likes(train: Packed, test: Packed) -> tuple[Any, Any]:
-    """For each picture the training picture before it that it repeats or looks like.
+    """For each picture the training picture that it repeats, or one before it that it looks like.
 
+    Of equal ones the first with a label is repeated, or else labels that differ would go unseen.
     Returns (N,) rows, -1 where there is none, and (N,) bits: 0 for equal pixels, else one more
     than the bits in which the looks differ.
     """
@@ -70,8 +71,8 @@ def _likes(train: Packed, test: Packed) -> tuple[Any, Any]:
     looks = [*train.looks, *test.looks]
     num = len(train.digests)
     firsts: dict[str, int] = {}
-    for row, digest in enumerate(train.digests):
-        firsts.setdefault(digest, row)
+    for row in sorted(range(num), key=lambda row: train.labels[row] < 0):
+        firsts.setdefault(train.digests[row], row)
     like = np.array([firsts.get(digest, -1) for digest in digests], np.int64)
     like[like == np.arange(len(like))] = -1
     bits = np.zeros(len(like), np.int64)
